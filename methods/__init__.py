@@ -1,0 +1,8 @@
+"""The unlearning methods, one file per paper."""
+
+from .fine_tune import FineTune
+from .gradient_ascent import GradientAscent
+from .neg_grad_plus import NegGradPlus
+from .random_labels import RandomLabels
+
+__all__ = ["FineTune", "GradientAscent", "NegGradPlus", "RandomLabels"]

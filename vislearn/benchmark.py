@@ -1,0 +1,371 @@
+"""The main job: recipe x forget rules x methods x seeds -> every missing model, then one table and one page."""
+
+import argparse
+import datetime
+import difflib
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from . import evaluation as ev
+from . import runs
+from .data import ForgetDataModule
+from .errors import UserError
+from .jobs import Job, Outcome, run_all
+from .store import Store, key, recipe
+
+
+@dataclass
+class Plan:
+    """A benchmark file, read and checked."""
+
+    recipe: dict[str, Any]
+    forget: list[Any]
+    methods: list[Any]
+    title: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    retrain_seeds: list[int] = field(default_factory=lambda: [1000, 1001, 1002])
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the plan: how it is named, and its class and settings."""
+
+    name: str
+    title: str
+    config: dict[str, Any]
+
+
+def shipped() -> dict[str, Path]:
+    """The benchmark files that come with vislearn, by name."""
+    folder = Path(str(resources.files("vislearn.recipes")))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def read_plan(file: str | None) -> Plan:
+    """Read a benchmark file: a path, or the name of a shipped one; without any, the digits."""
+    known = shipped()
+    path = known["digits"] if file is None else known.get(file, Path(file))
+    if not path.is_file():
+        near = difflib.get_close_matches(file or "", known, n=1)
+        raise UserError(f"no benchmark file '{file}'; shipped ones are {', '.join(known)}"
+                        + (f" (did you mean '{near[0]}'?)" if near else ""))  # fmt: skip
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    allowed = list(Plan.__dataclass_fields__)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold the keys {', '.join(allowed)}")
+    for name in content:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(allowed)}"
+            raise UserError(f"{path}: unknown key '{name}'; {hint}")
+    for name in ("recipe", "forget", "methods"):
+        if not content.get(name):
+            raise UserError(f"{path}: the key '{name}' is missing or empty")
+    plan = Plan(**content)
+    for name in ("seeds", "retrain_seeds"):
+        value = getattr(plan, name)
+        if not isinstance(value, list) or not all(isinstance(s, int) for s in value) or len(set(value)) < len(value):
+            raise UserError(f"{path}: '{name}' must be a list of different whole numbers, not {value}")
+    if not plan.seeds:
+        raise UserError(f"{path}: 'seeds' is empty; one original model at least is needed, for example [0]")
+    shared = sorted(set(plan.seeds) & set(plan.retrain_seeds))
+    if shared:
+        raise UserError(f"{path}: seed {shared[0]} is in 'seeds' and in 'retrain_seeds'; a retrained model needs a seed "
+                        "of its own, or it starts from the original's weights and agrees with it for the wrong reason")  # fmt: skip
+    plan.title = plan.title or path.stem
+    return plan
+
+
+def read_method(item: Any) -> tuple[str | None, dict[str, Any]]:
+    """One entry of `methods`: a class name, {Name: {arguments}}, or {class_path, init_args}, with an optional title."""
+    if isinstance(item, str):
+        return None, {"class_path": item}
+    if not isinstance(item, dict):
+        raise UserError(f"a method is a class name or {{Name: {{argument: value}}}}, not {item!r}")
+    item = dict(item)
+    title = item.pop("title", None)
+    if "class_path" in item:
+        return title, {"class_path": item["class_path"], "init_args": item.get("init_args") or {}}
+    if len(item) != 1:
+        raise UserError(f"a method entry names one class, not {sorted(map(str, item))}; give each an entry of its own")
+    (name, arguments), = item.items()
+    return title, {"class_path": name, "init_args": arguments or {}}
+
+
+class Resolver:
+    """Turns partial configurations into complete ones, as the command line does, without instantiating anything."""
+
+    def __init__(self) -> None:
+        from .cli import resolving_parser
+
+        self.parser = resolving_parser()
+
+    def __call__(self, **config: Any) -> dict[str, Any]:
+        parsed = self.parser.parse_object({k: v for k, v in config.items() if v is not None})
+        return yaml.safe_load(self.parser.dump(parsed, skip_none=False, skip_check=True))
+
+    def data(self, config: Mapping[str, Any]) -> ForgetDataModule:
+        """The data module of a resolved configuration."""
+        init = self.parser.instantiate_classes(self.parser.parse_object({"data": config["data"]}))
+        return init.data
+
+
+@dataclass
+class Sheet:
+    """All jobs of a plan, and where each result belongs."""
+
+    jobs: list[Job] = field(default_factory=list)
+    originals: dict[int, str] = field(default_factory=dict)  # seed -> key
+    retrained: dict[int, dict[int, str]] = field(default_factory=dict)  # rule -> seed -> key
+    unlearned: dict[tuple[int, int], dict[int, str]] = field(default_factory=dict)  # (rule, method) -> seed -> key
+    rows: list[Row] = field(default_factory=list)
+    configs: list[dict[str, Any]] = field(default_factory=list)  # rule -> resolved configuration
+
+
+def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
+    """Every model that the plan needs as one job with its key; equal keys are one job."""
+    sheet = Sheet()
+    base = plan.recipe
+    for name in base:
+        if name not in ("model", "data", "trainer"):
+            raise UserError(f"recipe: unknown key '{name}'; known are model, data, trainer")
+    length = (base.get("trainer") or {}).get("max_epochs", 10)
+
+    def job(verb: str, title: str, cost: float, needs: Sequence[str] = (), **config: Any) -> str:
+        full = resolve(**config)
+        name = key(recipe(full) if verb == "unlearn" else recipe(full, "method"))
+        if name not in {j.key for j in sheet.jobs}:
+            file = write_job(store, name, config)
+            sheet.jobs.append(Job((verb, "-c", str(file), "--store", str(store.root)), name, title, cost, tuple(needs)))
+        return name
+
+    for seed in plan.seeds:
+        sheet.originals[seed] = job("fit", f"original, seed {seed}", length, seed_everything=seed, **base)
+    methods = [read_method(m) for m in plan.methods]
+    for i, rule in enumerate(plan.forget):
+        data = with_rule(base["data"], rule)
+        sheet.configs.append(resolve(**{**base, "data": data}))
+        sheet.retrained[i] = {
+            seed: job("fit", f"retrained, rule {i + 1}, seed {seed}", length, seed_everything=seed, **{**base, "data": data})
+            for seed in plan.retrain_seeds
+        }
+        for j, (title, method) in enumerate(methods):
+            full = resolve(**{**base, "data": data, "method": method})["method"]
+            name = full["class_path"].split(".")[-1]
+            if i == 0:
+                sheet.rows.append(Row(name, title or headline(name, method), full))
+            cost = float((full.get("init_args") or {}).get("epochs") or 1)
+            sheet.unlearned[i, j] = {
+                seed: job("unlearn", f"{sheet.rows[j].title}, rule {i + 1}, seed {seed}", cost, [sheet.originals[seed]],
+                          **{**base, "data": data, "method": method, "seed_everything": seed, "unlearn_seed": seed})
+                for seed in plan.seeds
+            }  # fmt: skip
+    # originals first, then the long retrainings, then what waits for the originals
+    sheet.jobs.sort(key=lambda j: (j.argv[0] != "fit", j.key not in sheet.originals.values()))
+    return sheet
+
+
+def with_rule(data: Any, rule: Any) -> dict[str, Any]:
+    """The data configuration with a forget rule."""
+    data = {"class_path": data} if isinstance(data, str) else dict(data)
+    rule = {"class_path": rule} if isinstance(rule, str) else rule
+    return {**data, "init_args": {**(data.get("init_args") or {}), "forget": rule}}
+
+
+def headline(name: str, method: Mapping[str, Any]) -> str:
+    """`SSD (alpha=10)`: a method with the settings that the plan gives it."""
+    given = ", ".join(f"{k}={v}" for k, v in (method.get("init_args") or {}).items())
+    return f"{name} ({given})" if given else name
+
+
+def write_job(store: Store, name: str, config: dict[str, Any]) -> Path:
+    """The configuration file of one job, kept so that any job can be run by hand."""
+    folder = store.root / ".jobs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"cannot write in the store {store.root}: {error.strerror}; choose another with --store") from None
+    return file
+
+
+def gather(plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, resolve: Resolver) -> list[dict[str, Any]]:
+    """The stored outputs of every model, turned into the report's numbers, rule by rule."""
+    state = {o.job.key: o for o in outcomes}
+    rules = []
+    known: dict[str, ev.Subject] = {}
+
+    def subjects(keys: Mapping[int, str]) -> list[ev.Subject]:
+        for seed, name in keys.items():
+            if name in store and name not in known:
+                known[name] = runs.artifact_subject(store[name])
+                known[name].seed = seed
+        return [known[name] for name in keys.values() if name in known]
+
+    originals = subjects(sheet.originals)
+    for i, config in enumerate(sheet.configs):
+        data = resolve.data(config)
+        retrained = subjects(sheet.retrained[i])
+        methods = []
+        for j, row in enumerate(sheet.rows):
+            keys = sheet.unlearned[i, j]
+            failed = [state[k] for k in keys.values() if k in state and state[k].state in ("failed", "skipped")]
+            entry = {"name": row.name, "title": row.title, "config": row.config, "subjects": subjects(keys),
+                     "needs": needs(row.config["class_path"])}  # fmt: skip
+            if failed:
+                diverged = "diverged" in failed[0].error or "the loss is" in failed[0].error
+                entry |= {"status": "diverged" if diverged else "failed", "error": failed[0].error,
+                          "failed_seeds": len(failed)}  # fmt: skip
+            methods.append(entry)
+        if not originals:
+            raise UserError("no original model could be trained: " + next(o.error for o in outcomes if o.error))
+        data.setup()
+        facts = runs.rule_facts(data)
+        facts["config"] = config["data"]["init_args"]["forget"]
+        rule = runs.compare(facts, originals, retrained, methods)
+        missing = len(plan.retrain_seeds) - len(retrained)
+        if missing:
+            rule["warnings"].append(f"{missing} of {len(plan.retrain_seeds)} retrainings are missing; gaps use the others")
+        rules.append(rule)
+    return rules
+
+
+def needs(class_path: str) -> list[str]:
+    """The sets a method declares that it reads."""
+    module, _, name = class_path.rpartition(".")
+    return sorted(getattr(__import__(module, fromlist=[name]), name).needs)
+
+
+def results_of(
+    rules: list[dict[str, Any]], data: ForgetDataModule, config: dict[str, Any], command: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    """What the page and the terminal table draw."""
+    ledger = data.split()
+    return {
+        "created": datetime.datetime.now().isoformat(timespec="seconds"), "command": shlex.join(command),
+        "machine": runs.machine() | runs.versions(), "recipe": config,
+        "data": {"name": data.name, "classes": list(data.classes), "fingerprint": ledger["fingerprint"],
+                 "sizes": {s: len(data.indices[s]) for s in ev.SPLITS}},
+        "columns": columns(rules), "rules": rules, "failures": [], **more,
+    }  # fmt: skip
+
+
+def columns(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The columns for which there is a number; the accuracy on all test rows only where the test set is not split."""
+    present = {k for r in rules for m in (*r["models"].values(), *r["methods"]) for k in m["metrics"]}
+    if "test_retain/accuracy" in present:
+        present.discard("test/accuracy")
+    if any(k.endswith("/accuracy") for k in present):
+        present.discard("forget/loss")
+    return [vars(c) for c in ev.COLUMNS if c.key in present]
+
+
+def printable(rule: dict[str, Any]) -> dict[str, Any]:
+    """The least that the terminal table needs."""
+    return {"title": rule["title"], "kind": "evaluate", "rules": [rule], "columns": columns([rule]), "failures": []}
+
+
+def audit_results(rule: dict[str, Any], data: ForgetDataModule, config: dict, command: Sequence[str]) -> dict[str, Any]:
+    """Results of `evaluate`, in the benchmark's shape."""
+    return results_of([rule], data, config, command, title=f"Audit on {data.name}", kind="evaluate", seconds=0.0)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of `vislearn benchmark`."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # type: ignore[override]
+            raise UserError(f"{message}; `vislearn benchmark --help` lists the options")
+
+    parser = Parser(
+        prog="vislearn benchmark", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train, retrain, unlearn and evaluate everything that a benchmark file names and that is not\n"
+                    "stored yet; then one table and one self-contained HTML page.",
+        epilog=f"shipped benchmark files: {', '.join(shipped())} (without -c: digits)",
+    )  # fmt: skip
+    parser.add_argument("-c", "--config", metavar="FILE", help="a benchmark file, or the name of a shipped one")
+    parser.add_argument("--methods", metavar="A,B", help="only these methods; a dotted path brings in your own class")
+    parser.add_argument("--root", metavar="DIR", help="where the data are, in place of the file's data.root")
+    parser.add_argument("--store", default="artifacts", help="folder of the stored models (default: artifacts)")
+    parser.add_argument("--workers", type=int, help="jobs that run at once (default: one per core, at most 8; or per GPU)")
+    parser.add_argument("--executor", default="local", choices=["local", "slurm"], help="where the jobs run")
+    parser.add_argument("--page", metavar="FILE", help="where the HTML page goes (default: in the store)")
+    parser.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and stop")
+    return parser.parse_args(list(argv))
+
+
+def choose(plan: Plan, wanted: str) -> None:
+    """Keep the named methods; what the plan does not hold is added with its own defaults."""
+    chosen = []
+    for name in wanted.split(","):
+        found = [m for m in plan.methods if read_method(m)[1]["class_path"].split(".")[-1] == name.strip()]
+        chosen += found or [name.strip()]
+    plan.methods = chosen
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark; returns the exit code, 1 when a job failed."""
+    options = parse(argv)
+    start = time.perf_counter()
+    plan = read_plan(options.config)
+    if options.methods:
+        choose(plan, options.methods)
+    if options.root:
+        data = plan.recipe["data"]
+        data = {"class_path": data} if isinstance(data, str) else data
+        plan.recipe["data"] = {**data, "init_args": {**(data.get("init_args") or {}), "root": options.root}}
+    store = Store(Path(options.store))
+    resolve = Resolver()
+    first = resolve(**{**plan.recipe, "data": with_rule(plan.recipe["data"], plan.forget[0])})
+    data = resolve.data(first)
+    data.setup()  # wrong rules and missing data are found before anything is trained
+    for rule in plan.forget[1:]:
+        resolve.data(resolve(**{**plan.recipe, "data": with_rule(plan.recipe["data"], rule)})).setup()
+    sheet = lay_out(plan, store, resolve)
+    missing = [j for j in sheet.jobs if j.key not in store]
+    print(f"{plan.title}: {len(sheet.jobs)} models, {len(missing)} to make, in {store.root}", flush=True)
+    if options.dry_run:
+        for j in missing:
+            print(f"  {j.key}  {j.title}")
+        return 0
+    outcomes = run_all(sheet.jobs, store, workers=options.workers or plan.workers, executor=options.executor)
+    rules = gather(plan, sheet, outcomes, store, resolve)
+    failures = [{"title": o.job.title, "error": o.error, "log": str(store.root / ".logs" / f"{o.job.key}.log")}
+                for o in outcomes if o.state in ("failed", "skipped")]  # fmt: skip
+    results = results_of(rules, data, first, ["vislearn", "benchmark", *argv], title=plan.title, kind="benchmark",
+                         seconds=time.perf_counter() - start, failures=failures)  # fmt: skip
+    results["machine"]["cores"] = torch.get_num_threads()
+    publish(results, store, Path(options.page) if options.page else None, plan.title)
+    return 1 if failures else 0
+
+
+def publish(results: dict[str, Any], store: Store, page: Path | None, title: str) -> None:
+    """Print the table, write the page and its numbers, and say where they are."""
+    from .report import print_table, write_page
+
+    slug = "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
+    page = page or store.root / "reports" / f"{slug}.html"
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_page(results, page)
+        page.with_suffix(".json").write_text(json.dumps(results, indent=1, default=runs.plain))
+    except OSError as error:
+        raise UserError(f"cannot write the report {page}: {error.strerror}; choose another place with --page") from None
+    print_table(results)
+    for failure in results["failures"]:
+        print(f"failed: {failure['title']}: {failure['error']} (log: {failure['log']})")
+    print(f"report: {page.resolve()}")

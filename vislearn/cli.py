@@ -1,0 +1,242 @@
+"""The verbs that need torch: LightningCLI for `fit`, `unlearn` and `evaluate`, and the entry of `benchmark`."""
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from . import datamodules, methods, runs  # noqa: F401 - the zoo becomes nameable by being imported
+from .data import ForgetDataModule
+from .errors import UserError
+from .learner import Learner
+from .method import UnlearningMethod
+from .store import Store
+from .trainer import Trainer
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose every complaint is one line that says what would be right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        raise UserError(one_line(message, self))
+
+
+def one_line(message: str, parser: Any) -> str:
+    """The heart of a parser's message, with the nearest known name where a name is unknown."""
+    text = " ".join(str(message).split())
+    unknown = re.search(
+        r"(?:Unrecognized arguments?|unrecognized arguments?|Option|Key|key|No action for key|Group|does not accept nested key) *:? *"
+        r"['\"]?-{0,2}([\w.]+)['\"]?",
+        text,
+    )
+    for pattern in (r"Does not validate against any of the Union subtypes.*?(?=- )", r"Problem with given class_path "):
+        text = re.sub(pattern, "", text)
+    if unknown:
+        asked = unknown.group(1)
+        near = near_name(asked, parser, text)
+        if near:
+            text += f" (did you mean '{near}'?)"
+    return text if len(text) <= 600 else f"{text[:300]} ... {text[-280:]}"
+
+
+def near_name(asked: str, parser: Any, text: str) -> str | None:
+    """The known option that looks most like `asked`; a method's own options included."""
+    import inspect
+
+    last = asked.split(".")[-1]
+    known: set[str] = set()
+    for action in getattr(parser, "_actions", []):
+        known.add(str(action.dest).split(".")[-1])
+    for zoo in (methods, datamodules):
+        for name in zoo.__all__:
+            known.add(name)
+            if name in text:
+                known |= parameters(getattr(zoo, name), inspect)
+    for name in ("Classifier", "Regressor"):
+        if name in text or "model" in text:
+            from . import learner
+
+            known |= parameters(getattr(learner, name), inspect)
+    found = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
+    return found[0] if found and found[0] != last else None
+
+
+def parameters(cls: type, inspect: Any) -> set[str]:
+    """Constructor arguments of a class and of its parents."""
+    return {
+        p for c in cls.__mro__ if "__init__" in vars(c) and c.__module__.startswith("vislearn")
+        for p in inspect.signature(c.__init__).parameters
+    } - {"self", "kwargs"}  # fmt: skip
+
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "enable_checkpointing": False, "logger": False, "enable_model_summary": False, "enable_progress_bar": False,
+    "accelerator": "auto", "devices": 1, "max_epochs": 10, "num_sanity_val_steps": 0, "limit_val_batches": 0,
+}  # fmt: skip
+
+
+def link_model_to_data(parser: LightningArgumentParser) -> None:
+    """The data say how many classes and channels there are, and how large the images."""
+    for name, argument in (("num_classes", "num_classes"), ("image_size", "image_size"), ("channels", "in_channels")):
+        parser.link_arguments(f"data.{name}", f"model.init_args.{argument}", apply_on="instantiate")
+    parser.set_defaults({"model": {"class_path": "vislearn.learner.Classifier"}})
+
+
+def resolving_parser() -> LightningArgumentParser:
+    """The parser that `fit` and `unlearn` have in common, for whole configurations given as data."""
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_argument("--unlearn_seed", type=int, default=0)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults({f"trainer.{k}": v for k, v in TRAINER_DEFAULTS.items()})
+    parser.add_lightning_class_args(Learner, "model", subclass_mode=True)
+    parser.add_lightning_class_args(ForgetDataModule, "data", subclass_mode=True)
+    parser.add_subclass_arguments(UnlearningMethod, "method", required=False)
+    link_model_to_data(parser)
+    return parser
+
+
+class CLI(LightningCLI):
+    """`fit`, `unlearn` and `evaluate`; each is a method of `Trainer` whose typed parameters are the flags."""
+
+    def __init__(self, args: list[str] | dict | None) -> None:
+        self.argv = args
+        super().__init__(
+            Learner, ForgetDataModule, trainer_class=Trainer, subclass_mode_model=True, subclass_mode_data=True,
+            seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None, args=args,
+            parser_class=Parser, load_from_checkpoint_support=False, parser_kwargs={"allow_abbrev": False},
+            trainer_defaults=TRAINER_DEFAULTS,
+        )  # fmt: skip
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        both = {"model", "datamodule"}
+        return {"fit": {*both, "train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"},
+                "unlearn": both, "evaluate": both}  # fmt: skip
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--store", type=str, default="artifacts", help="folder of the stored models")
+        link_model_to_data(parser)
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The resolved configuration of this verb as plain data, complete with defaults."""
+        parser = self._subcommand_parsers[self.subcommand]
+        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_check=True)
+        out = yaml.safe_load(text)
+        for extra in ("config", "store", "original", "retrained", "unlearned"):
+            out.pop(extra, None)
+        return out
+
+    @property
+    def artifact_store(self) -> Store:
+        return Store(Path(self.config[self.subcommand].store))
+
+    def fit(self, model: Learner, datamodule: ForgetDataModule) -> None:
+        """Train and store; takes the place of the Trainer's method of that name."""
+        runs.fit(model, datamodule, self.trainer, self.plain_config, self.artifact_store)
+
+    def unlearn(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
+        """Unlearn, evaluate and store; prints the numbers."""
+        store = self.artifact_store
+        options["fit_command"] = fit_command(self.argv)
+        made = runs.unlearn(model, datamodule, trainer=self.trainer, config=self.plain_config, store=store, **options)
+        show(store[made].report["comparison"])
+
+    def evaluate(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
+        """Audit checkpoints; prints the numbers and writes the page."""
+        options["retrained"] = options.get("retrained") or []
+        rule = runs.evaluate(model, datamodule, self.artifact_store, **options)
+        from .benchmark import audit_results
+        from .report import write_page
+
+        results = audit_results(rule, datamodule, self.plain_config, ["vislearn", *(self.argv or [])])
+        show(rule, results)
+        page = Path("audit.html")
+        write_page(results, page)
+        print(f"report: {page.resolve()}")
+
+
+def show(rule: dict[str, Any], results: dict[str, Any] | None = None) -> None:
+    """One rule's table in the terminal."""
+    from .benchmark import printable
+    from .report import print_table
+
+    print_table(results or printable(rule))
+
+
+def fit_command(argv: Any) -> str:
+    """The command that trains the original model of an `unlearn` command."""
+    words, kept, skip = list(argv or []), [], False
+    drop = ("--method", "--data.forget", "--unlearn_seed", "--original", "--retrained")
+    for i, word in enumerate(words[1:], 1):
+        if skip:
+            skip = False
+            continue
+        if word.startswith(drop):
+            skip = "=" not in word and i + 1 < len(words) and not words[i + 1].startswith("-")
+            continue
+        kept.append(word)
+    return " ".join(["vislearn fit", *kept])
+
+
+def config_of_artifact(argv: list[str]) -> list[str]:
+    """For `evaluate` of artifacts: their own recipe, where the command gives none."""
+    if argv[0] != "evaluate" or any(a in ("-c", "--config") or a.startswith(("--config=", "--data")) for a in argv):
+        return argv
+    pairs = dict(zip(argv, [*argv[1:], ""], strict=True)) | dict(a.split("=", 1) for a in argv if "=" in a)
+    store = Store(Path(pairs.get("--store", "artifacts")))
+    given = pairs.get("--unlearned", "")
+    if given not in store:
+        return argv
+    config = store[given].config
+    kept = {k: config[k] for k in ("seed_everything", "model", "data", "trainer") if k in config}
+    return [argv[0], f"--config={yaml.safe_dump(kept)}", *argv[1:]]
+
+
+def quiet() -> None:
+    """Lightning's remarks about things that are meant here stay out of the way."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*in eval mode.*", ".*`train_dataloader`.*", ".*no `val_dataloader`.*",
+                 ".*LightningCLI's args parameter.*", ".*GPU available but not used.*", ".*lr_scheduler.step.*",
+                 ".*smaller than the logging interval.*", ".*is not a valid.*batch size.*", ".*Trying to infer.*",
+                 ".*isinstance.*LeafSpec.*", ".*Checkpoint directory.*", ".*val_dataloader.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `fit`, `unlearn` or `evaluate`; exit code 2 and one line where the input is at fault."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    quiet()
+    guarded(lambda: CLI(config_of_artifact(argv)))
+
+
+def benchmark(argv: list[str]) -> int:
+    """Run `vislearn benchmark`; the exit code is 1 when a job failed."""
+    from .benchmark import main as run
+
+    quiet()
+    return guarded(lambda: run(argv))
+
+
+def guarded(action: Any) -> Any:
+    """Turn a user's error into one line and exit code 2, an interruption into 130."""
+    try:
+        return action()
+    except UserError as error:
+        print(f"vislearn: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("vislearn: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+__all__ = ["CLI", "Namespace", "benchmark", "main"]

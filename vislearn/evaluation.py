@@ -1,0 +1,268 @@
+"""Original, unlearned and retrained models side by side: every number a pure function of stored outputs.
+
+Each model sees each row once (`predict`); what follows never needs a model again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .data import ForgetDataModule, batches
+from .errors import UserError
+from .learner import Learner
+from .metrics.accuracy import accuracy, mean_loss, per_class_accuracy
+from .metrics.gap import floor, gap
+from .metrics.membership import entropy_attack
+
+Sets = Mapping[str, Tensor]  # name of a set -> its ids
+SPLITS = ("train", "val", "test")
+
+
+class Predictions(NamedTuple):
+    """Outputs of one model on one split: outputs (n, k) logits or (n,) values, targets (n,), ids (n,) ascending."""
+
+    outputs: Tensor
+    targets: Tensor
+    ids: Tensor
+
+    def of(self, ids: Tensor) -> "Predictions":
+        """The rows of these ids, in the order given."""
+        where = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
+        if len(ids) and not torch.equal(self.ids[where], ids):
+            raise UserError("the stored outputs lack rows of this set; evaluate the checkpoint with `vislearn evaluate`")
+        return Predictions(self.outputs[where], self.targets[where], ids)
+
+
+@torch.inference_mode()
+def predict(model: Learner, data: ForgetDataModule, batch_size: int = 500) -> dict[str, Predictions]:
+    """One pass over train, val and test, in eval mode and float32; every module gets its flag back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    device = next(model.parameters()).device
+    out = {}
+    for split in SPLITS:
+        if not len(data.indices[split]):  # no validation split was asked for
+            continue
+        loader = data.loader(split, train=False, batch_size=batch_size)
+        rows = [(model(x).float().cpu(), y.cpu()) for x, y in batches(loader, device)]
+        out[split] = Predictions(
+            torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), torch.as_tensor(loader.ids)
+        )
+    for module, mode in modes.items():
+        module.training = mode
+    return out
+
+
+def save_outputs(predictions: Mapping[str, Predictions], path: Path) -> None:
+    """Write one safetensors file: `<split>/outputs`, `<split>/targets`, `<split>/ids`."""
+    tensors = {f"{split}/{name}": t.contiguous() for split, p in predictions.items() for name, t in p._asdict().items()}
+    save_file(tensors, path)
+
+
+def load_outputs(path: Path) -> dict[str, Predictions]:
+    """Read what `save_outputs` wrote."""
+    tensors = load_file(path)
+    return {s: Predictions(*(tensors[f"{s}/{n}"] for n in Predictions._fields)) for s in SPLITS if f"{s}/ids" in tensors}
+
+
+@dataclass
+class Subject:
+    """One model under evaluation: its outputs, and where it comes from."""
+
+    predictions: Mapping[str, Predictions]
+    key: str = ""
+    seed: int = 0
+    seconds: float | None = None  # of training or unlearning
+    prepare_seconds: float | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, name: str, sets: Sets) -> Predictions:
+        """The predictions on a set: forget and retain are rows of train, test_forget of test, and so on."""
+        split = name.split("_")[0]
+        return self.predictions[split if split in SPLITS else "train"].of(sets[name])
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 for a regressor."""
+        outputs = self.predictions["test"].outputs
+        return outputs.shape[1] if outputs.ndim == 2 else 0
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a metric is printed."""
+
+    key: str
+    title: str
+    help: str
+    unit: str = "%"
+    better: str | None = "retrained"
+
+
+COLUMNS = (
+    Column("forget/accuracy", "Forget acc.", "accuracy on D_f, the training rows to forget; UA is 100 minus this"),
+    Column("retain/accuracy", "Retain acc.", "accuracy on D_r, the other training rows (RA)"),
+    Column("test_retain/accuracy", "Test acc. (kept)", "accuracy on the test rows without what is forgotten (TA)"),
+    Column("test_forget/accuracy", "Test acc. (forgotten)", "accuracy on the test rows of what is forgotten"),
+    Column("test/accuracy", "Test acc.", "accuracy on all test rows"),
+    Column("forget/mia_entropy", "MIA", "share of D_f that the entropy attack takes for members; the target is the "
+           "retrained model's own value, not 0 and not 50 %"),
+    Column("forget/mae", "Forget MAE", "mean absolute error on D_f", ""),
+    Column("retain/mae", "Retain MAE", "mean absolute error on D_r", ""),
+    Column("test/mae", "Test MAE", "mean absolute error on the test rows", ""),
+    Column("forget/loss", "Forget loss", "mean loss on D_f, in nats for a classifier", "nats"),
+    Column("time/unlearn", "Unlearn", "seconds of unlearning, without evaluation, storage and imports", "s", "low"),
+    Column("time/prepare", "Prepare", "seconds computed once per original model and shared by later requests", "s", "low"),
+    Column("time/speedup", "Speed-up", "seconds of retraining over seconds of unlearning, on this machine", "x", "high"),
+)  # fmt: skip
+MEAN_GAP = ("forget/accuracy", "retain/accuracy", "test_retain/accuracy", "forget/mia_entropy")
+
+
+def set_metrics(p: Predictions) -> dict[str, float]:
+    """Accuracy and cross-entropy of a classifier on one set; MAE, RMSE and squared loss of a regressor."""
+    if p.outputs.ndim == 2:
+        return {"accuracy": accuracy(p.outputs, p.targets), "loss": mean_loss(p.outputs, p.targets)}
+    error = (p.outputs - p.targets).double()
+    mse = error.square().mean().item()
+    return {"mae": error.abs().mean().item(), "rmse": mse**0.5, "loss": mse}
+
+
+def membership(subject: Subject, sets: Sets) -> dict[str, Any]:
+    """The entropy attack of the SSD paper: fitted on retain against validation rows, asked about the forget set."""
+    if not subject.classes or "val" not in subject.predictions:
+        return {}
+    attack = entropy_attack(*(subject.on(name, sets).outputs for name in ("retain", "val", "forget")))
+    return {"forget/mia_entropy": attack.score} if not np.isnan(attack.score) else {"reason": attack.reason}
+
+
+EVALUATED: tuple[Callable[[Subject, Sets], dict[str, Any]], ...] = (membership,)  # one function per family of metrics
+
+
+def metrics(subject: Subject, sets: Sets) -> dict[str, float]:
+    """Every number of one model that needs no other model; a number that cannot be had is absent, never zero."""
+    out: dict[str, Any] = {}
+    for name in sets:
+        if name == "train" or not len(sets[name]):
+            continue
+        out |= {f"{name}/{metric}": value for metric, value in set_metrics(subject.on(name, sets)).items()}
+    for family in EVALUATED:
+        out |= family(subject, sets)
+    return {k: v for k, v in out.items() if isinstance(v, float)}
+
+
+def scale(key: str) -> float:
+    """Percentage points for shares, the plain unit for the rest."""
+    return 100.0 if key.endswith(("accuracy", "mia_entropy")) else 1.0
+
+
+def table(subjects: Sequence[Subject], sets: Sets) -> dict[str, list[float]]:
+    """Metric -> one value per model; a metric that one of them lacks is left out."""
+    each = [metrics(s, sets) for s in subjects]
+    return {k: [m[k] for m in each] for k in each[0] if all(k in m for m in each)} if each else {}
+
+
+def class_bars(subjects: Sequence[Subject]) -> list[float | None]:
+    """Accuracy per class on the test rows, mean over models; None where the test set has no row of the class."""
+    if not subjects or not subjects[0].classes:
+        return []
+    each = [per_class_accuracy(s.predictions["test"].outputs, s.predictions["test"].targets) for s in subjects]
+    mean = np.mean([np.asarray(e, float) for e in each], axis=0)
+    return [None if np.isnan(v) else float(v) for v in mean]
+
+
+def reference(subjects: Sequence[Subject], sets: Sets) -> dict[str, Any]:
+    """The original or the retrained models, as the report draws them."""
+    return {
+        "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects],
+        "metrics": table(subjects, sets), "per_class": class_bars(subjects),
+        "seconds": [s.seconds for s in subjects],
+    }  # fmt: skip
+
+
+def floors(retrained: Mapping[str, Any]) -> dict[str, Any]:
+    """Floor of every metric, retrained against retrained; empty with fewer than two models."""
+    out = {}
+    for key, values in retrained["metrics"].items():
+        pairwise = floor([v * scale(key) for v in values])
+        if pairwise:
+            out[key] = pairwise
+    used = [out[k]["mean"] for k in mean_gap_keys(out)]
+    if used:
+        out["mean"] = {"mean": float(np.mean(used)), "low": None, "high": None, "pairs": out[MEAN_GAP[0]]["pairs"]}
+    return out
+
+
+def mean_gap_keys(available: Mapping[str, Any]) -> list[str]:
+    """UA, RA, TA and MIA, as far as they exist; TA is that of the kept test rows where the rule splits the test set."""
+    keys = [k if k in available or k != "test_retain/accuracy" else "test/accuracy" for k in MEAN_GAP]
+    return [k for k in keys if k in available]
+
+
+def gaps(unlearned: Mapping[str, list[float]], retrained: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Gap to the retrained models for every metric both sides have; `mean` averages UA, RA, TA and MIA."""
+    out = {}
+    for key, values in unlearned.items():
+        if key in retrained and not key.startswith("time/"):
+            out[key] = gap([v * scale(key) for v in values], [v * scale(key) for v in retrained[key]])
+    used = mean_gap_keys(out)
+    if used:  # averaged within each pair of models first, so that its interval is one of the average
+        u = np.stack([np.asarray(unlearned[k]) * scale(k) for k in used])
+        r = np.stack([np.asarray(retrained[k]) * scale(k) for k in used])
+        out["mean"] = mean_gap(u, r) | {"of": used}
+    return out
+
+
+def mean_gap(u: np.ndarray, r: np.ndarray) -> dict[str, Any]:
+    """The average gap of several metrics: u (m, a) and r (m, b) hold m metrics of a unlearned and b retrained models."""
+    distance = np.abs(u[:, :, None] - r[:, None, :]).mean(0)  # (a, b): the average gap of each pair
+    each = [gap(row, column) for row, column in zip(u, r, strict=True)]
+    out = {**each[0], "mean": float(distance.mean()), "of_means": float(np.mean([g["of_means"] for g in each]))}
+    if distance.size > 1:
+        rng = np.random.default_rng(0)
+        i = rng.integers(distance.shape[0], size=(2000, distance.shape[0]))
+        j = rng.integers(distance.shape[1], size=(2000, distance.shape[1]))
+        draws = distance[i[:, :, None], j[:, None, :]].mean((1, 2))
+        out["low"], out["high"] = (float(q) for q in np.percentile(draws, [2.5, 97.5]))
+    return out
+
+
+def flags(unlearned: Subject, original: Subject, sets: Sets) -> list[str]:
+    """What makes an unlearned model's numbers meaningless, in words."""
+    out = []
+    after, before = unlearned.on("retain", sets), original.on("retain", sets)
+    moved = max((unlearned.predictions[s].outputs - original.predictions[s].outputs).abs().max().item() for s in SPLITS
+                if s in original.predictions)  # fmt: skip
+    if moved == 0:
+        out.append("identical to the original model: every output is the same, nothing was unlearned")
+    elif moved < 1e-4:
+        out.append(f"no different from the original model: no output moved by more than {moved:.1e}")
+    if unlearned.classes:
+        was, now, chance = (accuracy(*before[:2]), accuracy(*after[:2]), 1 / unlearned.classes)
+        if was > 1.5 * chance and (now - chance) < 0.5 * (was - chance):
+            out.append(f"collapsed: retain accuracy fell from {was:.1%} to {now:.1%}")
+    else:
+        was, now = (set_metrics(p)["rmse"] for p in (before, after))
+        constant = before.targets.double().std().item()
+        if was < constant and now >= constant:
+            out.append(f"collapsed: retain RMSE rose from {was:.3g} to {now:.3g}, no better than a constant")
+    return out
+
+
+def check_original(original: Subject, sets: Sets) -> list[str]:
+    """Say so when the original model has learned nothing: no method can be judged on it."""
+    p = original.on("test", sets)
+    if original.classes:
+        share = torch.bincount(p.targets, minlength=original.classes).max().item() / len(p.targets)
+        value = accuracy(*p[:2])
+        if value <= share + 2 * (share * (1 - share) / len(p.targets)) ** 0.5:
+            return [f"the original model is no better than chance: {value:.1%} on the test set, where always naming the "
+                    f"largest class gives {share:.1%}; nothing below can be trusted"]  # fmt: skip
+    elif set_metrics(p)["rmse"] >= p.targets.double().std().item():
+        return ["the original model is no better than a constant; nothing below can be trusted"]
+    return []

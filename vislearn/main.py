@@ -1,0 +1,54 @@
+"""The console script: answers what needs no torch at once, and hands the rest to `vislearn.cli`."""
+
+import sys
+from importlib.metadata import version
+
+USAGE = """\
+usage: vislearn VERB [options]        vislearn VERB --help for a verb's own options
+
+A laboratory bench for machine unlearning: does the unlearned model behave as if it had never seen the data?
+
+  benchmark   everything at once: train, retrain, unlearn, evaluate; one table and one HTML page
+              (no options: handwritten digits that ship with scikit-learn, under two minutes)
+  fit         train the original model; with --data.forget, the retrained one
+  unlearn     original -> unlearned model, evaluated against the retrained ones
+  evaluate    audit any original, unlearned and retrained checkpoints without training
+  store       ls, show, verify, explain, gc over the stored models
+
+  vislearn benchmark
+  vislearn benchmark -c cifar10_resnet20
+  vislearn fit     -c recipe.yaml
+  vislearn fit     -c recipe.yaml --seed_everything=1 --data.forget=ClassForget --data.forget.classes=[3]
+  vislearn unlearn -c recipe.yaml --data.forget=ClassForget --data.forget.classes=[3] --method=SSD
+  vislearn unlearn --method.help SSD
+
+  --version   print the version
+"""
+VERBS = ("benchmark", "fit", "unlearn", "evaluate", "store")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the `vislearn` command; leaves with exit code 2 and one line on stderr where the input is at fault."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    if argv[0] in ("--version", "-V"):
+        print(f"vislearn {version('vislearn')}")
+        return
+    if argv[0] == "store":
+        from .store_cli import main as store
+
+        raise SystemExit(store(argv[1:]))
+    if argv[0] not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(argv[0], VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
+        print(f"vislearn: error: unknown verb '{argv[0]}'; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    from . import cli
+
+    if argv[0] == "benchmark":
+        raise SystemExit(cli.benchmark(argv[1:]))
+    cli.main(argv)

@@ -1,0 +1,399 @@
+"""The verbs: train, unlearn and evaluate one recipe, and store what comes of it."""
+
+import copy
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import seed_everything
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor
+
+from . import evaluation as ev
+from .checkpoint import load_weights
+from .data import ForgetDataModule
+from .errors import UserError
+from .learner import Learner, from_spec
+from .method import UnlearningMethod
+from .store import Artifact, Store, key, recipe
+from .trainer import Progress, Resume, Trainer
+
+Say = Callable[[str], None]
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on besides its recipe."""
+    packages = {name: version(name) for name in ("vislearn", "torch", "torchvision", "lightning", "timm")}
+    return {"python": platform.python_version(), **packages}
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where it ran."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.processor()
+    return {"processor": name or platform.machine(), "cores": torch.get_num_threads(), "device": str(device)}
+
+
+def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, store: Store, say: Say = print) -> str:
+    """Train on D, or on D without the forget set, and store the model; an interrupted run goes on where it was.
+
+    Returns:
+        The artifact's key.
+    """
+    plan = recipe(config, "method")
+    name = key(plan)
+    with store.lock(name):
+        if name in store:
+            say(f"already trained: {store[name].path}")
+            return name
+        data.setup()
+        check_head(model, data)
+        checkpoint = store.partial(name) / "last.ckpt"
+        resume = Resume(checkpoint)
+        trainer.callbacks += [resume, Progress()]
+        found = checkpoint.exists()
+        if found:
+            say(f"resuming the interrupted training in {checkpoint.parent}")
+        trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        seconds = resume.seconds + time.perf_counter() - resume.start
+        predictions = ev.predict(model, data)
+        check_finite(predictions, "training", "try a smaller --model.lr")
+        with store.writing(name) as folder:
+            write(folder, "fit", model, data, config, plan, predictions, {"seconds": seconds})
+        say(f"stored: {store[name].path}")
+    return name
+
+
+def unlearn(
+    model: Learner,
+    data: ForgetDataModule,
+    method: UnlearningMethod,
+    trainer: Trainer,
+    config: dict,
+    store: Store,
+    unlearn_seed: int = 0,
+    original: str | None = None,
+    retrained: Sequence[str] | None = None,
+    fit_command: str = "vislearn fit -c recipe.yaml",
+    say: Say = print,
+) -> str:
+    """Original -> unlearned model; evaluates it against the retrained models there are, and stores it.
+
+    Returns:
+        The artifact's key.
+    """
+    plan = recipe(config)
+    given = None
+    if original is not None and original not in store:
+        given = file_or_artifact(original, store)
+        plan = {**plan, "original": digest(given) if isinstance(given, Path) else given.key}
+    name = key(plan)
+    with store.lock(name):
+        if name in store:
+            say(f"already unlearned: {store[name].path}")
+            return name
+        data.setup()
+        check_head(model, data)
+        method.check(model, data)
+        theta_o, source = original_model(model, data, given or original, config, store, fit_command)
+        if isinstance(source, Artifact):
+            first = artifact_subject(source)
+        else:
+            first = ev.Subject(ev.predict(theta_o, data), str(original), -1)
+        seed_everything(unlearn_seed, verbose=False)
+        spent = {"prepare": 0.0}
+        start = time.perf_counter()
+        method.prepare(theta_o, data, cache_of(store, source, spent))
+        prepared = time.perf_counter()
+        trainer.callbacks += [Progress(type(method).__name__)]
+        unlearned = method.unlearn(theta_o, data, trainer)
+        synchronise(unlearned)
+        seconds = time.perf_counter() - prepared
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        predictions = ev.predict(unlearned, data)
+        check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
+        times = {"seconds": seconds, "prepare_seconds": spent["prepare"], "prepare_here": prepared - start}
+        subject = ev.Subject(predictions, name, unlearn_seed, seconds, spent["prepare"], method.report)
+        report = {"time/unlearn": seconds, "time/prepare": spent["prepare"], "method": dict(method.report)}
+        others = [load_subject(r, model, data, store) for r in retrained or []]
+        others += [artifact_subject(a) for a in store.retrained(recipe(config, "method"))] if retrained is None else []
+        compared = compare(data, [first], others, [{"name": type(method).__name__, "subjects": [subject]}])
+        report |= {"comparison": compared}
+        with store.writing(name) as folder:
+            write(folder, "unlearn", unlearned, data, config, plan, predictions, {**times, "original": source_name(source)}, report)
+        say(f"stored: {store[name].path}")
+    return name
+
+
+def evaluate(
+    model: Learner, data: ForgetDataModule, store: Store, original: str, unlearned: str, retrained: Sequence[str]
+) -> dict[str, Any]:
+    """Audit three kinds of models without training; returns one rule's entry of the results."""
+    data.setup()
+    if "forget" not in data.indices:
+        raise UserError("an audit needs the forget set: --data.forget=ClassForget --data.forget.classes=[3]")
+    first = load_subject(original, model, data, store)
+    last = load_subject(unlearned, model, data, store)
+    others = [load_subject(r, model, data, store) for r in retrained]
+    return compare(data, [first], others, [{"name": "unlearned", "title": Path(unlearned).name, "subjects": [last]}])
+
+
+def compare(
+    data: ForgetDataModule | Mapping[str, Any],
+    originals: Sequence[ev.Subject],
+    retrained: Sequence[ev.Subject],
+    methods: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """All numbers of one forget rule, as the report reads them.
+
+    Args:
+        data: the data module, set up, or the same facts: {"sets": name -> ids, "title", "id", "kind", "config"}.
+        originals: the original model of each seed.
+        retrained: retrained models; gaps are absent without any.
+        methods: {"name", "subjects": one per original or seed, and anything that the report should carry along}.
+    """
+    facts = rule_facts(data) if isinstance(data, ForgetDataModule) else data
+    sets = {k: v for k, v in facts["sets"].items() if k != "train" and len(v)}
+    out: dict[str, Any] = {k: facts[k] for k in ("id", "title", "kind", "config")}
+    out["sets"] = {k: len(v) for k, v in sets.items()}
+    out["models"] = {"original": ev.reference(originals, sets), "retrained": ev.reference(retrained, sets)}
+    out["floor"] = ev.floors(out["models"]["retrained"])
+    out["warnings"] = [w for s in originals for w in ev.check_original(s, sets)]
+    if len(retrained) < 2:
+        out["floor_note"] = (
+            f"{len(retrained)} retrained model{'s' * (len(retrained) != 1)}: no floor can be given; "
+            f"{2 - len(retrained)} more needed for one, {3 - len(retrained)} for an interval"
+        )
+        out["warnings"].append(out["floor_note"])
+    times = [s.seconds for s in retrained if s.seconds]
+    out["methods"] = [entry(m, originals, out["models"]["retrained"], sets, times) for m in methods]
+    return out
+
+
+def entry(
+    method: Mapping[str, Any], originals: Sequence[ev.Subject], retrained: Mapping[str, Any],
+    sets: ev.Sets, retrain_seconds: Sequence[float],
+) -> dict[str, Any]:  # fmt: skip
+    """One method under one rule."""
+    subjects: Sequence[ev.Subject] = method.get("subjects", ())
+    row = {k: v for k, v in method.items() if k != "subjects"} | {"status": method.get("status", "done")}
+    row.setdefault("title", row["name"])
+    numbers = ev.table(subjects, sets)
+    seconds = [s.seconds for s in subjects if s.seconds is not None]
+    if subjects and len(seconds) == len(subjects):
+        numbers["time/unlearn"] = seconds
+        if retrain_seconds:
+            mean = sum(retrain_seconds) / len(retrain_seconds)
+            numbers["time/speedup"] = [mean / max(s, 1e-9) for s in seconds]
+    prepare = [s.prepare_seconds for s in subjects if s.prepare_seconds]
+    if subjects and len(prepare) == len(subjects):
+        numbers["time/prepare"] = prepare
+    by_seed = {s.seed: s for s in originals}
+    found: list[str] = []
+    for s in subjects:
+        said = ev.flags(s, by_seed.get(s.seed, originals[0]), sets)
+        found += [*said, *s.report.get("warnings", [])]
+    counted = {text: found.count(text) for text in dict.fromkeys(found)}
+    row["flags"] = [t if n == len(subjects) else f"{t} ({n} of {len(subjects)} seeds)" for t, n in counted.items()]
+    row |= {
+        "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects], "metrics": numbers,
+        "gap": ev.gaps(numbers, retrained["metrics"]), "per_class": ev.class_bars(subjects),
+        "report": subjects[0].report if subjects else {},
+    }  # fmt: skip
+    return row
+
+
+def rule_facts(data: ForgetDataModule) -> dict[str, Any]:
+    """What the report says of a forget rule."""
+    rule = data.forget
+    title = rule.describe() if rule else "no forget rule"
+    slug = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
+    return {"id": slug, "title": title, "kind": type(rule).__name__, "config": {}, "sets": dict(data.indices)}
+
+
+# loading
+
+
+def file_or_artifact(where: str, store: Store) -> Path | Artifact:
+    """An artifact by key (or the beginning of one), or else a file that exists."""
+    if where in store:
+        return store[where]
+    path = Path(where)
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "recipe.json").exists():
+        return Store(path.parent)[path.name]
+    if len(where) >= 4 and all(c in "0123456789abcdef" for c in where):
+        return store.find(where)
+    raise UserError(f"no artifact and no checkpoint file '{where}'; `vislearn store ls` shows the artifacts")
+
+
+def artifact_subject(artifact: Artifact) -> ev.Subject:
+    """A stored model by its stored outputs; no forward pass."""
+    meta = artifact.meta
+    seed = artifact.recipe.get("seed_everything", 0)
+    report = (artifact.report or {}).get("method", {})
+    return ev.Subject(
+        ev.load_outputs(artifact.outputs), artifact.key, seed, meta.get("seconds"), meta.get("prepare_seconds"), report
+    )
+
+
+def load_subject(where: str, model: Learner, data: ForgetDataModule, store: Store) -> ev.Subject:
+    """Any model: an artifact of the store by its outputs, a file by one pass over the data."""
+    source = file_or_artifact(where, store)
+    if isinstance(source, Artifact):
+        check_ledger(source, data)
+        return artifact_subject(source)
+    learner = copy.deepcopy(model)
+    load_weights(source, learner)
+    predictions = ev.predict(learner, data)
+    check_finite(predictions, where, "the checkpoint is damaged")
+    return ev.Subject(predictions, where, -1)
+
+
+def load_learner(artifact: Artifact) -> Learner:
+    """Rebuild a stored model; runs no code of the artifact."""
+    learner = from_spec(artifact.meta["learner"])
+    load_model(learner, str(artifact.weights))
+    return learner
+
+
+def original_model(
+    model: Learner, data: ForgetDataModule, given: str | Path | Artifact | None, config: dict, store: Store, command: str
+) -> tuple[Learner, Artifact | Path]:
+    """The original model's weights in `model`, from the store by the recipe's key or from what was given."""
+    if given is None:
+        name = key(recipe(config, "method", "forget"))
+        if name not in store:
+            raise UserError(f"no original model for this recipe in {store.root} (key {name}); train it with: {command}")
+        source: Artifact | Path = store[name]
+    else:
+        source = store[given] if isinstance(given, str) else given
+    if isinstance(source, Artifact):
+        check_ledger(source, data)
+        load_model(model, str(source.weights))
+    else:
+        load_weights(source, model)
+    return model, source
+
+
+def check_ledger(artifact: Artifact, data: ForgetDataModule) -> None:
+    """Refuse a model that was made on other rows: what a retrained model has seen can never be called forgotten."""
+    theirs, ours = artifact.split, data.split()
+    if theirs["fingerprint"] != ours["fingerprint"]:
+        raise UserError(f"artifact {artifact.key} was made on other data ({theirs['data']}) than this {ours['data']}; "
+                        "give it the data it was made on, or train anew with `vislearn fit`")  # fmt: skip
+    # an original knows no forget set: it was trained on all of D, which is what `train` says
+    names = [n for n in ("train", "val", "test") if n in theirs["sets"]]
+    if "forget" in theirs["sets"]:
+        names.append("forget")
+    for name in names:
+        if theirs["sets"][name]["sha256"] != ours["sets"].get(name, {}).get("sha256"):
+            raise UserError(
+                f"artifact {artifact.key} has another {name} set than this run; the same --data.val_fraction, "
+                f"--data.split_seed and forget rule are needed (`vislearn store explain {artifact.key} ...`)"
+            )
+
+
+def check_head(model: Learner, data: ForgetDataModule) -> None:
+    """Refuse a head that does not fit the data."""
+    outputs = getattr(model, "num_classes", None)
+    if model.is_classifier and outputs != data.num_classes:
+        raise UserError(
+            f"the model has {outputs} outputs and {data.name} has {data.num_classes} classes; "
+            f"leave --model.num_classes out or set it to {data.num_classes}"
+        )
+
+
+def check_finite(predictions: Mapping[str, ev.Predictions], what: str, advice: str) -> None:
+    """A model whose outputs are not numbers is not stored."""
+    for split, p in predictions.items():
+        bad = (~torch.isfinite(p.outputs)).reshape(len(p.outputs), -1).any(1).sum().item()
+        if bad:
+            raise UserError(f"{what} diverged: {bad} of {len(p.ids)} outputs on {split} are not finite; nothing was stored; {advice}")
+
+
+# writing
+
+
+def write(
+    folder: Path, kind: str, model: Learner, data: ForgetDataModule, config: dict, plan: dict,
+    predictions: Mapping[str, ev.Predictions], facts: dict[str, Any], report: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Everything an artifact holds: weights and outputs as safetensors, the rest as YAML or JSON."""
+    model = model.cpu()
+    save_model(model, str(folder / "model.safetensors"))
+    ev.save_outputs(predictions, folder / "outputs.safetensors")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    meta = {"kind": kind, "learner": model.spec, "versions": versions(), "machine": machine(), **facts}
+    meta["created"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+    files = {"recipe": plan, "split": data.split(), "meta": meta} | ({"report": report} if report else {})
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1, default=plain))
+
+
+def plain(value: Any) -> Any:
+    """Numbers and paths of any kind as JSON."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value)
+
+
+def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float]) -> Callable[..., dict[str, Tensor]]:
+    """The `cache` that `UnlearningMethod.prepare` gets: tensors kept with the original model, with what they cost."""
+
+    def cache(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        def timed() -> dict[str, Tensor]:
+            start = time.perf_counter()
+            tensors = make()
+            spent["prepare"] += time.perf_counter() - start
+            return tensors
+
+        if not isinstance(source, Artifact):
+            return timed()
+        file = f"{name}.safetensors"
+        with store.lock(f"{source.key}-{name}"):
+            path = store.cache(source.key, file)
+            if path.exists():
+                with safe_open(str(path), "pt") as opened:
+                    spent["prepare"] += float((opened.metadata() or {}).get("seconds", 0.0))
+                    return {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a dict
+            before = spent["prepare"]
+            tensors = {k: v.detach().cpu().contiguous() for k, v in timed().items()}
+            cost = {"seconds": str(spent["prepare"] - before)}
+            store.put_cache(source.key, file, lambda where: save_file(tensors, str(where), metadata=cost))
+        return tensors
+
+    return cache
+
+
+def source_name(source: Artifact | Path) -> str:
+    return source.key if isinstance(source, Artifact) else f"{source.name} (sha256 {digest(source)[:12]})"
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def synchronise(model: Learner) -> None:
+    """Wait for the device, so that a time is the time of the work."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

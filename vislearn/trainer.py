@@ -1,0 +1,125 @@
+"""The Trainer that unlearns: Lightning's, with a loop that can be run again."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import Callback, LightningModule
+
+from . import progress
+from .data import ForgetDataModule
+from .learner import Learner
+from .method import UnlearningMethod
+
+
+class Trainer(lightning.Trainer):
+    """Lightning's Trainer with the verbs `unlearn` and `evaluate`."""
+
+    def run_epochs(self, module: LightningModule, data: ForgetDataModule, epochs: int) -> None:
+        """Train for exactly `epochs` epochs counted from zero, however often this trainer was used before.
+
+        Lightning's own `fit` runs no step at all when it is called a second time with the same length.
+        """
+        loop = self.fit_loop
+        before = loop.max_epochs, loop.epoch_loop.max_steps
+        loop.epoch_progress.reset()
+        loop.epoch_loop.batch_progress.reset()
+        loop.epoch_loop.scheduler_progress.reset()
+        loop.epoch_loop.automatic_optimization.optim_progress.reset()
+        # a method's length is its own: the recipe's belongs to `fit`
+        loop.max_epochs, loop.epoch_loop.max_steps = epochs, -1
+        try:
+            self.fit(module, datamodule=data)
+        finally:
+            loop.max_epochs, loop.epoch_loop.max_steps = before
+
+    def unlearn(
+        self,
+        model: Learner,
+        datamodule: ForgetDataModule,
+        method: UnlearningMethod,
+        unlearn_seed: int = 0,
+        original: str | None = None,
+        retrained: list[str] | None = None,
+    ) -> None:
+        """Unlearn the forget set, evaluate, and store the unlearned model.
+
+        Args:
+            model: what was trained.
+            datamodule: the data, with a forget rule.
+            method: the unlearning method, by class name: --method=SSD --method.alpha=10.
+            unlearn_seed: seed of everything that unlearning draws; the training seed is --seed_everything.
+            original: the original model, as an artifact key or a checkpoint file; by default the stored model of this
+                recipe.
+            retrained: retrained models to compare with, as artifact keys or checkpoint files; by default every stored
+                retraining of this recipe and forget rule.
+        """
+        raise NotImplementedError("`vislearn.runs.unlearn` does the work; this signature makes the command line")
+
+    def evaluate(
+        self,
+        model: Learner,
+        datamodule: ForgetDataModule,
+        original: str,
+        unlearned: str,
+        retrained: list[str] | None = None,
+    ) -> None:
+        """Audit an original, an unlearned and retrained models without training anything.
+
+        Args:
+            model: what the checkpoints hold; not needed for artifact keys.
+            datamodule: the data, with a forget rule; not needed for artifact keys.
+            original: the original model: an artifact key, or a .safetensors, .ckpt, .pt or .pth file.
+            unlearned: the unlearned model, likewise.
+            retrained: the retrained models, likewise; a gap needs at least one, an interval two.
+        """
+        raise NotImplementedError("`vislearn.runs.evaluate` does the work; this signature makes the command line")
+
+
+class Progress(Callback):
+    """Tells the terminal how far the training is."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        total = trainer.num_training_batches * (trainer.max_epochs or 1)
+        if total:
+            progress.report((trainer.fit_loop.epoch_loop.total_batch_idx + 1) / total, self.text)
+
+
+class Resume(Callback):
+    """Keeps an interrupted training resumable: a checkpoint at the end of an epoch, at most every `every` seconds.
+
+    The generator's state travels with it, so that the resumed run gives the same weights as an uninterrupted one.
+    """
+
+    def __init__(self, path: Path, every: float = 30.0) -> None:
+        self.path, self.every, self.last, self.seconds = path, every, time.monotonic(), 0.0
+        self.start = time.perf_counter()
+        self.rng: torch.Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": torch.get_rng_state(), "seconds": self.seconds + time.perf_counter() - self.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rng, self.seconds = state["rng"], state["seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, module: LightningModule) -> None:
+        self.start = time.perf_counter()
+        if self.rng is not None:
+            torch.set_rng_state(self.rng.cpu())
+            loader = trainer.train_dataloader
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: LightningModule) -> None:
+        if time.monotonic() - self.last < self.every or trainer.current_epoch + 1 == trainer.max_epochs:
+            return
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        trainer.save_checkpoint(beside)
+        os.replace(beside, self.path)
+        self.last = time.monotonic()
