@@ -1,0 +1,235 @@
+"""Data modules: the sets of an unlearning experiment and the batches made of them."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .augment import Augment
+from .errors import UserError
+from .forget import Forget, Labels, checked
+from .loader import Loader, ZippedLoaders, batches, zip_loaders
+from .sources import Files, Memory, Source, sha256
+
+__all__ = [
+    "Augment",
+    "Files",
+    "ForgetDataModule",
+    "Labels",
+    "Loader",
+    "Memory",
+    "SetName",
+    "Source",
+    "ZippedLoaders",
+    "batches",
+    "zip_loaders",
+]
+
+SetName = Literal["train", "val", "test", "forget", "retain", "val_forget", "val_retain", "test_forget", "test_retain"]
+
+
+class ForgetDataModule(LightningDataModule, ABC):
+    """A data set, divided into the sets of an unlearning experiment.
+
+    D is the official training split without the validation set; the forget rule divides D into forget and retain set.
+    Row numbers count in the official order of the training split, or of the test split for test sets. The validation
+    set is carved out by `split_seed` alone, so it is the same for every forget rule and training seed.
+
+    A data set states the class attributes below, `source` and `labels`; everything else is here.
+
+    Attributes:
+        num_classes: number of classes; 0 for a regression.
+        channels: channels of an image.
+        image_size: side of the square images in pixels.
+        classes: names of the classes.
+        mean: mean per channel of pixels in [0, 1], used to normalise; empty for features, which are left as they are.
+        std: standard deviation per channel, likewise.
+        augmentation: what is done to training images; None for nothing.
+        indices: row numbers of each set, after `setup`; a set that does not exist or is empty is absent, except "val".
+
+    Args:
+        batch_size: rows per batch.
+        num_workers: processes that decode image files; data sets held in memory need none.
+        val_fraction: share of the official training split that is kept for validation; 0 for none.
+        split_seed: seed of the validation split.
+        forget: what is to be forgotten, for example ClassForget; none trains on the whole training set.
+        augment: whether to augment training images.
+    """
+
+    num_classes: int
+    channels: int
+    image_size: int
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augmentation: Augment | None = None
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        forget: Forget | None = None,
+        augment: bool = True,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size} (--data.batch_size)")
+        if num_workers < 0:
+            raise UserError(f"num_workers must be at least 0, not {num_workers} (--data.num_workers)")
+        if not 0 <= val_fraction < 1:
+            raise UserError(
+                f"val_fraction must lie between 0 and 1, not {val_fraction:g}; a tenth is --data.val_fraction=0.1"
+            )
+        self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
+        self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
+        self.indices: dict[str, Tensor] = {}
+        self._device: torch.device | str = "cpu"
+        self._sources: dict[bool, Source] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return type(self).__name__
+
+    @abstractmethod
+    def source(self, train: bool) -> Source:
+        """The images of an official split."""
+
+    @abstractmethod
+    def labels(self, train: bool) -> Labels:
+        """The labels of an official split, in the order of `source`."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the sets; a second call changes nothing."""
+        if self.indices:
+            return
+        labels = self.labels(train=True)
+        n = len(labels)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.split_seed))
+        size = max(1, int(self.val_fraction * n + 1e-9)) if self.val_fraction else 0
+        val, train = order[:size].sort().values, order[size:].sort().values
+        test_labels = self.labels(train=False)
+        sets = {"train": train, "val": val, "test": torch.arange(len(test_labels)), "retain": train}
+        if self.forget is not None:
+            forget = checked(self.forget, self.forget.indices(labels, train), train, n)
+            sets |= {"forget": forget, "retain": train[~torch.isin(train, forget)]}
+            masks = {"val": self.forget.held_out(labels), "test": self.forget.held_out(test_labels)}
+            for name, mask in masks.items():
+                if mask is not None:
+                    parts = {"forget": sets[name][mask[sets[name]]], "retain": sets[name][~mask[sets[name]]]}
+                    sets |= {f"{name}_{part}": ids for part, ids in parts.items() if len(ids)}
+        self.indices = sets
+
+    def loader(
+        self,
+        name: SetName | str | Tensor,
+        train: bool = True,
+        batch_size: int | None = None,
+        held_out: bool = False,
+    ) -> Loader:
+        """Batches of a set.
+
+        Args:
+            name: a set, or (k,) row numbers of the official training split.
+            train: shuffled, and augmented if the data module augments; otherwise plain, in the order given. The seed
+                of the shuffling is drawn from torch's global generator here, once; a plain loader draws nothing.
+            batch_size: rows per batch; by default the data module's.
+            held_out: row numbers count in the official test split instead.
+
+        Raises:
+            UserError: when the set does not exist or is empty.
+        """
+        test = held_out if isinstance(name, Tensor) else name.startswith("test")
+        ids = name if isinstance(name, Tensor) else self.ids(name)
+        if len(ids) == 0:
+            raise UserError("a loader needs at least one row")
+        return Loader(
+            self._source(train=not test),
+            self.labels(train=not test).targets,
+            ids,
+            batch_size or self.batch_size,
+            self.mean,
+            self.std,
+            shuffle=train,
+            augment=self.augmentation if train and self.augment else None,
+            seed=int(torch.randint(2**62, ())) if train else 0,
+            num_workers=self.num_workers,
+        )
+
+    def ids(self, name: str) -> Tensor:
+        """(k,) row numbers of a set.
+
+        Raises:
+            UserError: when the set does not exist or is empty.
+        """
+        self.setup()
+        if name in self.indices and len(self.indices[name]):
+            return self.indices[name]
+        if name == "val":
+            raise UserError("there is no validation set; keep one with --data.val_fraction=0.1")
+        if name == "forget":
+            raise UserError(
+                "there is no forget set; give a rule, for example --data.forget=ClassForget --data.forget.classes=[3]"
+            )
+        if name in SetName.__args__:  # type: ignore[attr-defined]
+            rule = f"the rule {type(self.forget).__name__} makes none" if self.forget else "there is no forget rule"
+            raise UserError(f"there is no set {name!r} in these data: {rule}, or it has no row (--data.forget)")
+        raise UserError(f"there is no set {name!r}; sets are {', '.join(self.indices)}")
+
+    def arrays(self, name: SetName | str) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """A set for scikit-learn: (n, d) float32 features, for images pixels in [0, 1], and (n,) targets."""
+        ids, train = self.ids(name), not name.startswith("test")
+        rows = self._source(train).batch(ids).cpu()
+        x = rows if rows.is_floating_point() else rows.to(torch.float32) / 255
+        return x.flatten(1).numpy(), self.labels(train).targets[ids].numpy()
+
+    def fingerprint(self) -> str:
+        """sha256 of the data set: images and labels of both official splits."""
+        whole = hashlib.sha256()
+        for train in (True, False):
+            labels = self.labels(train)
+            whole.update(f"{self.source(train).digest()} {sha256(labels.targets)} {labels.classes}\n".encode())
+        return whole.hexdigest()
+
+    def split(self) -> dict[str, Any]:
+        """The split ledger: which row is in which set, and what the rows are."""
+        self.setup()
+        names = [n for n in ("train", "val", "test", "forget", "retain") if n in self.indices]
+        sets = {n: {"ids": self.indices[n].tolist(), "sha256": sha256(self.indices[n])} for n in names}
+        return {"data": self.name, "fingerprint": self.fingerprint(), "sets": sets}
+
+    def to(self, device: torch.device | str) -> "ForgetDataModule":
+        """Keep rows that are in memory on a device, where loaders then make their batches."""
+        self._device = device
+        self._sources.clear()
+        return self
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """The module in training says what a batch is."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.train_stream(self)
+
+    def val_dataloader(self) -> list[Any]:
+        """None: models are evaluated apart from training."""
+        return []
+
+    def _source(self, train: bool) -> Source:
+        if train not in self._sources:
+            source = self.source(train)
+            self._sources[train] = source.to(self._device) if isinstance(source, Memory) else source
+        return self._sources[train]
+
+
+def no_data(name: str, root: Path, ways: list[str]) -> UserError:
+    """The error for a data set that is not there, with the ways to get it."""
+    numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, 1))
+    return UserError(f"no {name} under {root.absolute()}: {numbered}")

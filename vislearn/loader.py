@@ -1,0 +1,213 @@
+"""Batches: an order and an augmentation that depend on (seed, epoch, sample) and on nothing else."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .augment import Augment
+from .errors import UserError
+from .sources import Memory, Source
+
+ORDER, AUGMENT = 0, 1  # two streams of random numbers in every epoch
+
+
+class Loader:
+    """One set of a data module, in batches (x, y).
+
+    x is (b, c, h, w) normalised float32, or (b, d) features as they are; y is (b,). Every pass visits every id once. A
+    pass is the same for any batch size, number of workers and kind of source; each pass takes the next epoch, and
+    `set_epoch` says which, as Lightning does when it starts or resumes an epoch.
+
+    In a shuffled pass a last batch of a single row joins the batch before it, because batch normalisation cannot train
+    on one row. Where training is distributed, each process visits its share of a shuffled pass; the shares have equal
+    length, for which up to (processes - 1) rows are visited twice.
+
+    Args:
+        source: the official split that `ids` count in.
+        targets: (n,) labels of that split.
+        ids: (m,) rows to visit.
+        batch_size: rows per batch.
+        mean: mean per channel of pixels in [0, 1]; empty for features.
+        std: standard deviation per channel, likewise.
+        shuffle: whether to visit the rows in a new order every epoch.
+        augment: augmentation; None for plain rows.
+        seed: seed of order and augmentation.
+        num_workers: processes that decode image files; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Tensor,
+        ids: Tensor,
+        batch_size: int,
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        self.source, self.targets, self.ids, self.batch_size = source, targets, ids, batch_size
+        self.shuffle, self.augment, self.seed, self.num_workers = shuffle, augment, seed, num_workers
+        self.scale = torch.tensor([1 / (255 * s) for s in std]).view(1, -1, 1, 1)
+        self.offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, -1, 1, 1)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        return len(self._batches(torch.empty(self._share())))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # lazily: Lightning makes the iterator of a resumed epoch before it says which epoch that is
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = self.order(epoch)
+        params = None
+        if self.augment is not None:  # for all rows of the split, so that a row's share is the same in every subset
+            params = self.augment.draw(len(self.source), _generator(self.seed, epoch, AUGMENT))
+        chunks = self._batches(order)
+        for ids, x in zip(chunks, self._read(chunks), strict=True):
+            if params is not None and self.augment is not None:
+                x = self.augment.apply(x, params[ids])
+            yield self._normalise(x), self.targets[ids].to(x.device)
+
+    @property
+    def sampler(self) -> "Loader":
+        """Itself: where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next pass is."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> Tensor:
+        """(m,) ids in the order in which the pass of an epoch visits them (in this process)."""
+        if not self.shuffle:
+            return self.ids
+        order = self.ids[torch.randperm(len(self.ids), generator=_generator(self.seed, epoch, ORDER))]
+        rank, world = _process()
+        if world == 1:
+            return order
+        return order.repeat(math.ceil(world / len(order)) + 1)[: self._share() * world][rank::world]
+
+    def _share(self) -> int:
+        return math.ceil(len(self.ids) / _process()[1]) if self.shuffle else len(self.ids)
+
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        chunks = list(order.split(self.batch_size))
+        if self.shuffle and len(chunks) > 1 and len(chunks[-1]) == 1:
+            chunks[-2:] = [torch.cat(chunks[-2:])]
+        return chunks
+
+    def _read(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        workers = min(self.num_workers, len(chunks))
+        if workers == 0 or isinstance(self.source, Memory):
+            yield from (self.source.batch(ids) for ids in chunks)
+            return
+        readers = torch.utils.data.DataLoader(
+            _Decoding(self.source, chunks),  # type: ignore[arg-type] # map-style without inheriting from Dataset
+            batch_size=None,
+            num_workers=workers,
+            generator=torch.Generator(),  # else torch draws from the global generator, and workers change the training
+        )
+        for x in readers:
+            if isinstance(x, str):
+                raise UserError(x)
+            yield x
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return x
+        scale, offset = self.scale.to(x.device), self.offset.to(x.device)
+        return x.to(torch.float32).mul_(scale).sub_(offset)
+
+
+class _Decoding:
+    """Batches of a source for worker processes; a user's error comes back as text, without a worker's traceback."""
+
+    def __init__(self, source: Source, chunks: list[Tensor]) -> None:
+        self.source, self.chunks = source, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> Tensor | str:
+        try:
+            return self.source.batch(self.chunks[number])
+        except UserError as error:
+            return str(error)
+
+
+class ZippedLoaders:
+    """Batches of several loaders side by side; see `zip_loaders`."""
+
+    def __init__(self, loaders: dict[str, Any], over: str) -> None:
+        self.loaders, self.over, self.epoch = loaders, over, 0
+
+    def __len__(self) -> int:
+        return len(self.loaders[self.over])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        cycles = {n: self._cycle(n, epoch) for n in self.loaders if n != self.over}
+        for batch in self._pass(self.over, epoch):
+            # in the order in which they were named
+            yield {n: batch if n == self.over else next(cycles[n]) for n in self.loaders}
+
+    @property
+    def sampler(self) -> "ZippedLoaders":
+        """Itself: where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next pass is."""
+        self.epoch = epoch
+
+    def _pass(self, name: str, epoch: int) -> Iterable[Any]:
+        loader = self.loaders[name]
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        return loader
+
+    def _cycle(self, name: str, epoch: int) -> Iterator[Any]:
+        passes = math.ceil(len(self) / len(self.loaders[name]))
+        for number in range(passes):  # its own epochs: no order comes twice
+            yield from self._pass(name, epoch * passes + number)
+
+
+def zip_loaders(over: str | None = None, **loaders: Any) -> ZippedLoaders:
+    """Batches of several loaders side by side, as {"forget": (x, y), "retain": (x, y)}.
+
+    Args:
+        over: name of the loader of which one pass is one epoch; by default the longest. Shorter ones start again, in a
+            new order each time; longer ones are cut off.
+        **loaders: loaders, or anything with a length that can be iterated again and again.
+    """
+    if over is None:
+        over = max(loaders, key=lambda name: len(loaders[name]))
+    return ZippedLoaders(loaders, over)
+
+
+def batches(loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a loader on a device: for methods without a training loop."""
+    for x, y in loader:
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:
+    """Random numbers of one epoch, independent between seeds, epochs and streams."""
+    import numpy as np
+
+    state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _process() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
