@@ -130,7 +130,8 @@ class Artifact:
             ) from None
 
     def _missing(self, name: str) -> UserError:
-        return UserError(f"the artifact {self.path} has no {name}; list what is stored with: vislearn store ls")
+        check = f"vislearn store verify {self.key} --store={self.path.parent}"
+        return UserError(f"the artifact {self.path} has no {name}; check it with: {check}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Store:
 
     def __getitem__(self, key: str) -> Artifact:
         if key not in self:
-            raise UserError(f"no artifact {key} in {self.root}; list what is stored with: vislearn store ls")
+            raise UserError(f"no artifact {key} in {self.root}; list them with: {self._listing()}")
         return Artifact(self.root / key)
 
     def keys(self) -> list[str]:
@@ -172,6 +173,9 @@ class Store:
             raise UserError(f"cannot read the store {self.root}: {error.strerror}; name another, --store=DIR") from None
         return sorted(name for name in names if name in self)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def find(self, prefix: str) -> Artifact:
         """Return the one artifact whose key starts with `prefix`; a path to an artifact's folder will do as well.
 
@@ -179,13 +183,13 @@ class Store:
             UserError: none or several start so; the several are listed.
         """
         start = Path(prefix).name.lower()
-        matches = [key for key in self.keys() if key.startswith(start)] if start else []
+        matches = [key for key in self if key.startswith(start)] if start else []
         if len(matches) == 1:
             return self[matches[0]]
         if matches:
             shown = ", ".join(matches[:8]) + (" ..." if len(matches) > 8 else "")
             raise UserError(f"{prefix!r} is the start of {len(matches)} keys: {shown}; give more digits")
-        raise UserError(f"no artifact in {self.root} starts with {prefix!r}; list them with: vislearn store ls")
+        raise UserError(f"no artifact in {self.root} starts with {prefix!r}; list them with: {self._listing()}")
 
     def retrained(self, recipe_with_forget: Mapping[str, Any]) -> tuple[Artifact, ...]:
         """Return what is stored of this recipe under other seeds, sorted by seed.
@@ -195,7 +199,7 @@ class Store:
         """
         own, wanted = _without_seed(plain(recipe_with_forget))
         found = []
-        for name in self.keys():
+        for name in self:
             artifact = self[name]
             stored = artifact.recipe
             seed, rest = _without_seed(stored)
@@ -308,6 +312,9 @@ class Store:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _listing(self) -> str:
+        return "vislearn store ls" + ("" if self.root == Path("artifacts") else f" --store={self.root}")
 
     def _place(self, key: str) -> Path:
         if not KEY.fullmatch(key):

@@ -151,7 +151,7 @@ def last_error(log: Path) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", ANSI.sub("", text)) if line.strip()]
     for i in range(len(lines) - 1, -1, -1):
         if ERROR.match(lines[i]):
-            return re.sub(r"^error: ", "", " ".join(lines[i:]))[:300]
+            return re.sub(r"^(\S+: )?error: ", "", " ".join(lines[i:]))[:300]
     return lines[-1][:300] if lines else ""
 
 
