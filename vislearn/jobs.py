@@ -116,7 +116,9 @@ def run_all(
     except KeyboardInterrupt:
         run.display.close()
         pool.stop()
-        print(f"stopped ({summary(run.settled())}); the same command goes on from here", file=sys.stderr, flush=True)
+        stored = sum(job.key in store for job in run.jobs)
+        text = f"stopped with {stored} of {len(run.jobs)} models stored; the same command goes on from here"
+        print(text, file=sys.stderr, flush=True)
         raise
     finally:
         run.display.close()
@@ -156,9 +158,6 @@ class _Run:
 
     def missing(self) -> dict[int, Job]:
         return {number: self.jobs[number] for number in sorted(self.waiting)}
-
-    def settled(self) -> list[Outcome]:
-        return [self.outcomes[number] for number in sorted(self.outcomes)]
 
     def result(self) -> list[Outcome]:
         return [self.outcomes[number] for number in range(len(self.jobs))]
