@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vislearn.errors import UserError
+from vislearn.folders import sha256
 
 # Trainer settings that change weights, with Lightning's defaults: a setting left out equals its default.
 TRAINER: dict[str, Any] = {
@@ -159,8 +160,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def shorten(path: str) -> str:

@@ -13,14 +13,12 @@ A recipe is a plain dictionary, its key twelve hex digits of the sha256 of its s
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from vislearn.errors import UserError
+from vislearn.folders import CACHE, MANIFEST, age_of_dead, days_old, files_of, fsync, seal, sha256, storage_fault
 from vislearn.recipe import key, load_yaml, plain, recipe
 
 __all__ = ["Artifact", "Leftover", "Store", "key", "recipe"]
 
 KEY = re.compile(r"[0-9a-f]{12}")
-MANIFEST = "manifest.json"
-CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -107,14 +104,14 @@ class Artifact:
             expected = self.manifest
         except (UserError, KeyError, TypeError):
             return [f"{MANIFEST} cannot be read"]
-        found = {name: path for name, path in _files(self.path) if name != MANIFEST}
+        found = {name: path for name, path in files_of(self.path) if name != MANIFEST}
         faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
         faults += [f"{name} is not in the manifest" for name in sorted(found.keys() - expected.keys())]
         for name in sorted(expected.keys() & found.keys()):
             size, want = found[name].stat().st_size, expected[name]
             if size != want["size"]:
                 faults.append(f"{name} has {size} bytes instead of {want['size']}")
-            elif _sha256(found[name]) != want["sha256"]:
+            elif sha256(found[name]) != want["sha256"]:
                 faults.append(f"{name} has other contents than were stored")
         return faults
 
@@ -225,13 +222,13 @@ class Store:
         target, temporary = self._place(key), self._temporary(key)
         with self._readable_faults(key):
             for leftover in self.root.glob(f".tmp-{key}-*"):
-                if _age_of_dead(leftover) is not None:
-                    shutil.rmtree(leftover)
+                if age_of_dead(leftover) is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)  # another process may be doing the same
             temporary.mkdir(parents=True)
         try:
             with self._readable_faults(key):
                 yield temporary
-                _seal(temporary)
+                seal(temporary)
                 self._publish(temporary, target, replace)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -287,19 +284,16 @@ class Store:
         return target
 
     def leftovers(self, older_than: float = 0.0) -> list[Leftover]:
-        """List what dead processes left behind, untouched for `older_than` days; nothing that a live process uses.
-
-        A temporary folder made on another host is judged by its age alone, one day at least.
-        """
-        found, now = [], time.time()
+        """List what dead processes left behind, untouched for `older_than` days; nothing that a live process uses."""
+        found = []
         for path in sorted(self.root.glob(".tmp-*")):
-            if (age := _age_of_dead(path)) is not None and age >= older_than:
+            if (age := age_of_dead(path)) is not None and age >= older_than:
                 found.append(Leftover(path, "half-written by a process that is gone"))
         for path in sorted((self.root / ".partial").glob("*")):
-            if (now - path.stat().st_mtime) / 86400 >= older_than and not self._held(path.name):
+            if days_old(path) >= older_than and not self._held(path.name):
                 found.append(Leftover(path, "an interrupted training; its command, given again, would go on from here"))
         for path in sorted((self.root / ".locks").glob("*.lock")):
-            if (now - path.stat().st_mtime) / 86400 >= older_than and not self._held(path.stem):
+            if days_old(path) >= older_than and not self._held(path.stem):
                 found.append(Leftover(path, "a lock nobody holds"))
         return found
 
@@ -339,7 +333,7 @@ class Store:
             # somebody else renamed theirs into place since we looked: the same recipe, so either will do
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or target.name not in self:
                 raise
-        _fsync(self.root)
+        fsync(self.root)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _held(self, key: str) -> bool:
@@ -364,32 +358,12 @@ class Store:
         except UserError:
             raise
         except Exception as error:
-            reason = _storage_fault(error, self.root)
+            reason = storage_fault(error, self.root)
             if reason is None:
                 raise
             raise UserError(
                 f"{reason}: {self.root}; {key} was not stored; free some space there or name another store, --store=DIR"
             ) from error
-
-
-STORAGE_FAULTS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "no permission to write to the store",
-    errno.EPERM: "no permission to write to the store",
-    errno.EROFS: "the store is on a read-only disk",
-    errno.ENOTDIR: "the store is not a folder",
-}
-
-
-def _storage_fault(error: Exception, root: Path) -> str | None:
-    if isinstance(error, OSError):
-        name = error.filename
-        if isinstance(name, str | os.PathLike) and not Path(name).absolute().is_relative_to(root.absolute()):
-            return None if error.errno not in (errno.ENOSPC, errno.EDQUOT) else f"the disk is full at {name}"
-        return STORAGE_FAULTS.get(error.errno or 0)
-    # safetensors and torch.save wrap the system's error in their own types and keep its text
-    return STORAGE_FAULTS[errno.ENOSPC] if os.strerror(errno.ENOSPC) in str(error) else None
 
 
 def _without_seed(recipe: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -400,50 +374,3 @@ def _without_seed(recipe: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _seed_order(seed: Any) -> tuple[bool, int, str]:
     number = isinstance(seed, int)
     return not number, seed if number else 0, str(seed)
-
-
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """Every file of an artifact by its path inside the folder, the cache left out."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    named = [(path.relative_to(folder).as_posix(), path) for path in paths]
-    return [(name, path) for name, path in named if not name.startswith(f"{CACHE}/")]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _seal(folder: Path) -> None:
-    """Write the manifest of a folder and bring all of it to the disk."""
-    files = {name: {"sha256": _sha256(path), "size": path.stat().st_size} for name, path in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for _, path in _files(folder):
-        _fsync(path)
-    _fsync(folder)
-
-
-def _age_of_dead(temporary: Path) -> float | None:
-    """Days since a temporary folder was touched when its process is gone, else None."""
-    match = re.fullmatch(r"\.tmp-[0-9a-f]{12}-(.+)-(\d+)(-old)?", temporary.name)
-    days = (time.time() - temporary.stat().st_mtime) / 86400
-    if match is None:
-        return days
-    host, pid = match[1], int(match[2])
-    if host != socket.gethostname():
-        return days if days >= 1 else None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return days
-    except PermissionError:
-        return None
-    return None

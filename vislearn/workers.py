@@ -320,7 +320,7 @@ class SlurmPool:
                 error, seconds = job.result()
                 events.append(Event(number, "ended", error=error, seconds=seconds))
             else:
-                events.append(Event(number, "died", error=str(fault).strip().splitlines()[-1]))
+                events.append(Event(number, "died", error=str(fault).strip().splitlines()[0][:300]))
         return events
 
     def stop(self) -> None:
