@@ -1,0 +1,350 @@
+"""The results as one HTML file that needs nothing else: no network, no fonts, no folder beside it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import figures, plots
+from .table import DASH, columns, filled, gap_of, gap_text, interval, number, rows, split_flag
+
+SET_WORDS = {
+    "forget": "to forget",
+    "retain": "to retain",
+    "val": "for validation",
+    "test": "for test",
+    "test_forget": "of them like the forgotten",
+    "test_retain": "like the retained",
+    "val_forget": "of validation like the forgotten",
+    "val_retain": "like the retained",
+}
+
+
+def write_page(results: dict[str, Any], path: Path | str) -> None:
+    """Draw `results` (the content of results.json) into one self-contained HTML file.
+
+    The file is written beside and renamed, so that an interrupted run leaves the old page whole.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    page = render(results)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(page, encoding="utf-8", errors="replace")
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what counts is why the page was not written
+            beside.unlink()
+        raise UserError(
+            f"cannot write the report page {path}: {error.strerror}; name a file in a folder you may write to"
+        ) from error
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    here = files(__package__)
+    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["svg"] = Markup  # drawn by plots.py, which escapes what it writes
+    made.filters["yaml"] = as_yaml
+    style, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    template = made.from_string((here / "page.html").read_text(encoding="utf-8"))
+    return template.render(style=Markup(style), script=Markup(script), dash=DASH, **context(results))
+
+
+def context(results: dict[str, Any]) -> dict[str, Any]:
+    """Everything the template prints, under the names it prints it by."""
+    heads, table = columns(results), rows(results)
+    rules = results.get("rules") or []
+    titles = [m.get("title") or m["name"] for rule in rules for m in rule.get("methods") or []]
+    marks = {title: i for i, title in enumerate(dict.fromkeys(titles))}
+    stored = json.dumps(_plain(results), ensure_ascii=True, indent=1).encode()
+    data = results.get("data") or {}
+    return {
+        "title": results.get("title") or data.get("name") or "Results",
+        "kind": results.get("kind") or "benchmark",
+        "lede": lede(results),
+        "created": _date(results.get("created")),
+        "duration": _duration(results.get("seconds")),
+        "heads": [{**head, "help": _help(head, heads, rules)} for head in heads],
+        "intervals": _interval_words(rules),
+        "rules": [
+            _rule(results, rule, i, [r for r in table if r["rule"] == rule["id"]], heads, marks)
+            for i, rule in enumerate(rules)
+        ],
+        "failures": results.get("failures") or [],
+        "command": results.get("command") or "",
+        "machine": {k: v for k, v in (results.get("machine") or {}).items() if v not in (None, "")},
+        "data": {
+            "name": data.get("name") or "",
+            "fingerprint": data.get("fingerprint") or "",
+            "sizes": data.get("sizes") or {},
+        },
+        "set_names": _set_names(results),
+        "recipe": results.get("recipe") or {},
+        "download": base64.b64encode(stored).decode(),
+    }
+
+
+def lede(results: Mapping[str, Any]) -> str:
+    """What was compared with what, in one sentence."""
+    rules = results.get("rules") or []
+    methods = list(dict.fromkeys(m["name"] for rule in rules for m in rule.get("methods") or []))
+    data = results.get("data") or {}
+    if len(methods) == len(rules) == 0:
+        return "No result has been made yet."
+    what = f"{_count([len(methods)]).capitalize()} unlearning methods, each" if len(methods) != 1 else f"{methods[0]},"
+    trained = (data.get("sizes") or {}).get("train")
+    place = f"a model of {data['name']}" if data.get("name") else "a model"
+    place += f" ({trained:,} training rows)" if trained else ""
+    forgot = " and, separately, ".join(rule["title"] for rule in rules)
+    seeds = sorted({len(m.get("seeds") or []) for rule in rules for m in rule.get("methods") or []} - {0})
+    aims = sorted({len(((rule.get("models") or {}).get("retrained") or {}).get("seeds") or []) for rule in rules})
+    over = f"{_count(seeds)} seed{'s' if seeds != [1] else ''} each" if seeds else ""
+    if not aims or aims[-1] == 0:
+        beside = "without a retrained model to compare with"
+    else:
+        beside = f"compared with {_count(aims)} model{'' if aims == [1] else 's'} retrained without those rows"
+    return f"{what} asked to make {place} forget {forgot}; {', '.join(part for part in (over, beside) if part)}."
+
+
+def _count(values: Sequence[int]) -> str:
+    small = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    if len(values) == 1:
+        return small[values[0]] if values[0] < len(small) else str(values[0])
+    return f"{values[0]} to {values[-1]}"
+
+
+def _rule(
+    results: Mapping[str, Any],
+    rule: Mapping[str, Any],
+    at: int,
+    table: list[dict],
+    heads: list[dict],
+    marks: dict[str, int],
+) -> dict[str, Any]:
+    shown = filled(table, heads)
+    lead = [r["cells"]["gap/mean"] for r in table if r["cells"]["gap/mean"]["gap"]]
+    sound = [r["cells"]["gap/mean"] for r in table if r["cells"]["gap/mean"]["gap"] and not r["flags"]] or lead
+    top = max((e for c in sound for e in (c["mean"], *(interval(c["gap"]) or ()))), default=1.0)
+    floor = gap_of(rule.get("floor"), "gap/mean")
+    shade = (interval(floor) or (0.0, float(floor["mean"])))[1] if floor else None
+    for i, row in enumerate(table):
+        index = marks.get(row["title"]) if row["kind"] == "method" else None
+        cell = row["cells"]["gap/mean"]
+        row |= {
+            "anchor": f"r{at}-{i}",
+            "glyph": plots.glyph(index if index is not None else -1) if row["kind"] in ("method", "original") else "",
+            "settings": _settings(row),
+            "strip": plots.strip(cell["mean"], interval(cell["gap"]), shade, top, index) if cell["gap"] else "",
+            "badges": [split_flag(flag) for flag in row["flags"]],
+            "gaps": _gap_table(row["source"].get("gap") or {}, heads),
+            "commands": _commands(results, row),
+        }
+    data = results.get("data") or {}
+    return {
+        "anchor": f"r{at}",
+        "title": rule["title"],
+        "sets": [(SET_WORDS.get(name, name), size) for name, size in (rule.get("sets") or {}).items()],
+        "sizes": rule.get("sets") or {},
+        "config": rule.get("config") or {},
+        "heads": shown,
+        "hidden": [h["title"] for h in heads if h not in shown],
+        "references": [r for r in table if r["kind"] != "method"],
+        "methods": [r for r in table if r["kind"] == "method"],
+        "short": summary(rule, table),
+        "warnings": _warnings(rule, table),
+        "tradeoff": figures.tradeoff(rule, table, shown, marks),
+        "cost": figures.cost(rule, table, marks),
+        "per_class": figures.per_class(rule, table, data.get("classes") or ()),
+    }
+
+
+def _settings(row: Mapping[str, Any]) -> str:
+    """What a title adds to the name: "alpha=10" of "SSD (alpha=10)"."""
+    rest = str(row["title"]).removeprefix(str(row["name"])).strip()
+    return rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
+
+
+def summary(rule: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> list[str]:
+    """Two or three plain sentences about a rule's table."""
+    methods = [row for row in table if row["kind"] == "method"]
+    sound = [row for row in methods if row["cells"]["gap/mean"]["gap"] and not row["flags"]]
+    said = []
+    floor = gap_of(rule.get("floor"), "gap/mean")
+    if sound:
+        said += _closest(sound)
+    if sound and floor:
+        inside = [row["label"] for row in sound if row["cells"]["gap/mean"]["within_floor"]]
+        verdict = (
+            f"{_list(inside)} {'are' if len(inside) > 1 else 'is'} within that."
+            if inside
+            else "no method is within that."
+        )
+        said.append(f"Two retrained models differ by {_spoken(floor)}: {verdict}")
+    flagged = sum(bool(row["flags"]) for row in methods)
+    if flagged:
+        verb = "are" if flagged > 1 else "is"
+        said.append(f"{flagged} of {len(methods)} results {verb} flagged: read the note under the row first.")
+    return said
+
+
+def _closest(sound: Sequence[dict[str, Any]]) -> list[str]:
+    """Who leads the table, and whether the seeds are enough to say so."""
+    cells = [row["cells"]["gap/mean"] for row in sound]
+    first = [row["label"] for row, cell in zip(sound, cells, strict=True) if cell["text"] == cells[0]["text"]]
+    said = (
+        f"{_list(first)} {'come' if len(first) > 1 else 'comes'} closest to the retrained models, with a mean gap of "
+    )
+    said += f"{_spoken(cells[0]['gap']) if len(first) == 1 else cells[0]['text']} percentage points."
+    lead = interval(cells[0]["gap"])
+    rivals = [
+        row["label"]
+        for row, cell in zip(sound, cells, strict=True)
+        if row["label"] not in first and lead and (interval(cell["gap"]) or (math.inf,))[0] <= lead[1]
+    ]
+    if not rivals:
+        return [said]
+    who = f"{len(rivals)} others" if len(rivals) > 3 else _list(rivals)
+    many = len(rivals) > 1
+    overlap = f"The {'intervals' if many else 'interval'} of {who} {'overlap' if many else 'overlaps'} with that"
+    return [said, f"{overlap}, so more seeds could change the order."]
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _spoken(gap: Mapping[str, Any]) -> str:
+    ends = interval(gap)
+    return number(gap["mean"], "pp") + (f" ({number(ends[0], 'pp')} to {number(ends[1], 'pp')})" if ends else "")
+
+
+def _warnings(rule: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> list[str]:
+    """The rule's own warnings, and what the numbers themselves cannot support."""
+    said = [str(w) for w in rule.get("warnings") or []]
+    if not rule.get("floor"):
+        said.append(
+            str(rule.get("floor_note") or "there is no floor: it needs two retrained models of different seeds")
+        )
+    single = [
+        row["label"] for row in table if row["kind"] == "method" and row["status"] == "done" and len(row["seeds"]) == 1
+    ]
+    if single:
+        said.append(f"one seed only, so no spread: {', '.join(single)}")
+    for row in table:
+        lost = {f"{c['count']} of {c['of']}" for c in row["cells"].values() if c.get("of", 0) > c["count"] > 0}
+        if lost:
+            said.append(
+                f"{row['label']}: some means leave out seeds without a number ({', '.join(sorted(lost))} seeds remain)"
+            )
+    return list(dict.fromkeys(said))
+
+
+def _gap_table(gaps: Mapping[str, Any], heads: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    units = {head["key"]: head for head in heads}
+    found = []
+    for key, gap in gaps.items():
+        head = units.get("gap/mean" if key == "mean" else key, {"title": key, "unit": ""})
+        unit = "pp" if head["unit"] == "%" else head["unit"]
+        if not gap:
+            continue
+        found.append(
+            {
+                "title": head["title"],
+                "text": gap_text(gap_of(gaps, key), unit) or DASH,
+                "of_means": number(gap.get("of_means"), unit),
+                "pairs": str(gap.get("pairs") or DASH),
+                "note": gap.get("note") or gap.get("interval") or "",
+            }
+        )
+    return found
+
+
+def _commands(results: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """The commands that make a row's models again; from the stored configuration where there is an artifact."""
+    given = row["source"].get("commands") or row["source"].get("command")
+    if given:
+        return [given] if isinstance(given, str) else [str(c) for c in given]
+    if results.get("kind") == "evaluate" or not row["source"].get("keys"):
+        return [results["command"]] if results.get("command") else []
+    verb = "unlearn" if row["kind"] == "method" else "fit"
+    named = re.search(r"--store[= ]('[^']+'|\S+)", results.get("command") or "")
+    store = named.group(1).strip("'") if named else "artifacts"
+    end = "" if store == "artifacts" else f" --store {shlex.quote(store)}"
+    keys = row["source"]["keys"]
+    return [f"vislearn {verb} -c {shlex.quote(f'{store}/{key}/config.yaml')}{end}" for key in keys]
+
+
+def _help(head: Mapping[str, Any], heads: Sequence[Mapping[str, Any]], rules: Sequence[Mapping[str, Any]]) -> str:
+    """A column's definition; the mean gap says of which columns it is the mean."""
+    if head["key"] != "gap/mean":
+        return str(head["help"])
+    titles = {other["key"]: other["title"] for other in heads}
+    every = [(m.get("gap") or {}).get("mean") or {} for rule in rules for m in rule.get("methods") or []]
+    parts = list(dict.fromkeys(key for gap in every for key in gap.get("of") or ()))
+    return str(head["help"]) + (f" (here: {', '.join(titles.get(key, key) for key in parts)})" if parts else "")
+
+
+def _interval_words(rules: Sequence[Mapping[str, Any]]) -> list[str]:
+    every = [g for rule in rules for m in rule.get("methods") or [] for g in (m.get("gap") or {}).values() if g]
+    return list(dict.fromkeys(str(g["interval"]) for g in every if g.get("interval")))
+
+
+def _set_names(results: Mapping[str, Any]) -> list[str]:
+    names = [n for rule in results.get("rules") or [] for n in rule.get("sets") or {}]
+    return list(dict.fromkeys([*((results.get("data") or {}).get("sizes") or {}), *names]))
+
+
+def as_yaml(value: Any) -> str:
+    """Nested plain values as YAML, in their own order."""
+    import yaml
+
+    return yaml.safe_dump(
+        _plain(value, strict=False), sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
+    ).rstrip()
+
+
+def _plain(value: Any, strict: bool = True) -> Any:
+    """The same value made of what JSON can hold: no NaN and no infinity, no tuples, no paths."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, strict) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v, strict) for v in value]
+    if strict and isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _date(created: Any) -> str:
+    try:
+        when = datetime.fromisoformat(str(created))
+    except ValueError:
+        return str(created or "")
+    return f"{when.day} {when:%B %Y}, {when:%H:%M}"
+
+
+def _duration(seconds: Any) -> str:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{number(float(seconds), 's')} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"

@@ -1,0 +1,311 @@
+"""The headline table: which rows and columns there are, how a number prints, and which one is best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+DASH = "–"  # a number that is not there
+MEAN_GAP: dict[str, Any] = {
+    "key": "gap/mean",
+    "title": "Mean gap",
+    "help": "mean of the gaps to the retrained models over the headline columns; the order of the table",
+    "unit": "pp",
+    "better": "low",
+}
+TIMES = "time/"
+
+
+def finite(values: Iterable[Any] | None) -> list[float]:
+    """The numbers among `values`; None, NaN, infinities and text are left out."""
+    return [float(v) for v in values or () if is_number(v)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number (a bool is none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Arithmetic mean, None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation with n - 1; None below two values."""
+    if len(values) < 2:
+        return None
+    centre = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1))
+
+
+def decimals(value: float, unit: str) -> int:
+    """Digits after the point for `value` (in the printed unit), so that about three figures are left."""
+    if unit in ("%", "pp"):
+        return 1
+    if value == 0 or unit == "x":
+        return 0 if abs(value) >= 10 else 1
+    figures = 1 if abs(value) < (1 if unit == "s" else 0.1) else 2
+    return min(4, max(0, figures - math.floor(math.log10(abs(value)))))
+
+
+def number(value: float | None, unit: str, places: int | None = None) -> str:
+    """`value`, already in the printed unit, as text without the unit; an en dash for None."""
+    if value is None:
+        return DASH
+    if abs(value) >= 1e5:
+        return f"{value:.1e}"
+    places = decimals(value, unit) if places is None else places
+    text = f"{value:.{places}f}"
+    if float(text) == 0 and value != 0:
+        return f"<{10**-places:.{places}f}" if value > 0 else f"{0:.{places}f}"
+    return text
+
+
+def scaled(values: Iterable[Any] | None, unit: str) -> list[float]:
+    """Stored numbers in the printed unit: fractions become percent, all others stay."""
+    return [100 * v for v in finite(values)] if unit == "%" else finite(values)
+
+
+def columns(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The columns in the order they print: the mean gap first, then `results["columns"]`."""
+    given = [{"unit": "", "better": None, "help": "", "title": c["key"], **c} for c in results.get("columns") or []]
+    lead = next((c for c in given if c["key"] == "gap/mean"), MEAN_GAP)
+    rest = [{**c, "unit": "pp"} if c["key"].startswith("gap/") and c["unit"] == "%" else c for c in given]
+    return [
+        {**lead, "unit": "pp" if lead["unit"] == "%" else lead["unit"]},
+        *(c for c in rest if c["key"] != "gap/mean"),
+    ]
+
+
+def filled(table: Sequence[Mapping[str, Any]], heads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The columns that hold at least one value or gap in the rows of one rule; the mean gap always stays."""
+    return [
+        head
+        for head in heads
+        if head["key"] == "gap/mean" or any(row["cells"][head["key"]]["text"] != DASH for row in table)
+    ]
+
+
+def gap_of(source: Mapping[str, Any] | None, key: str) -> dict[str, Any] | None:
+    """The gap or floor stored under a column's key; None when there is none or it holds no number."""
+    source = source or {}
+    if key.startswith("gap/"):
+        name = key.removeprefix("gap/")
+        found = source.get(name) or source.get(name.replace("_", "/", 1))
+    else:
+        found = source.get(key)
+    return found if found and is_number(found.get("mean")) else None
+
+
+def interval(gap: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The two ends of a gap's interval, None when one is missing."""
+    low, high = gap.get("low"), gap.get("high")
+    return (float(low), float(high)) if is_number(low) and is_number(high) else None  # type: ignore[arg-type]
+
+
+def gap_text(gap: Mapping[str, Any] | None, unit: str) -> str:
+    """A gap as "3.1 [1.0, 6.2]"; without the brackets where the interval is missing, "" for None."""
+    if gap is None:
+        return ""
+    unit = "pp" if unit == "%" else unit
+    ends = interval(gap)
+    places = decimals(max(gap["mean"], *(ends or (0.0,))), unit)
+    text = number(gap["mean"], unit, places)
+    if ends is None or all(number(end, unit, places) == text for end in ends):
+        return text
+    return f"{text} [{number(ends[0], unit, places)}, {number(ends[1], unit, places)}]"
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every row of every rule's table, in printed order.
+
+    Per rule: the original model, the retrained models, the floor, then the methods by mean gap; methods without one
+    come after those, failed ones last.
+
+    Returns:
+        One dict a row: `rule` (id), `kind` ("original", "retrained", "floor" or "method"), `name`, `title`, `label`
+        (the name, or the title where a name stands twice), `seeds`, `status`, `error`, `flags` and `notes`
+        (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in the
+        printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
+        `within_floor`, and in `why` the reason for a missing number, else "".
+    """
+    heads = columns(results)
+    found = []
+    for rule in results.get("rules") or []:
+        models = rule.get("models") or {}
+        for kind, title in (("original", "Original"), ("retrained", "Retrained")):
+            found.append(_row(rule, kind, title, models.get(kind) or {}, heads))
+        found.append(_floor_row(rule, heads))
+        names = [m["name"] for m in rule.get("methods") or []]
+        methods = [_row(rule, "method", m.get("title") or m["name"], m, heads) for m in rule.get("methods") or []]
+        for row in methods:
+            row["label"] = row["name"] if names.count(row["name"]) == 1 else row["title"]
+        methods.sort(key=_order)
+        _mark_best(methods, heads)
+        found.extend(methods)
+    return found
+
+
+def _order(row: dict[str, Any]) -> tuple[bool, bool, float]:
+    gap = row["cells"]["gap/mean"]["mean"]
+    return row["status"] != "done", gap is None, gap or 0.0
+
+
+def _row(
+    rule: Mapping[str, Any], kind: str, title: str, source: Mapping[str, Any], heads: list[dict]
+) -> dict[str, Any]:
+    status = source.get("status", "done")
+    error = source.get("error") or ""
+    notes = _own_warnings(source.get("report"))
+    flags = [str(flag) for flag in source.get("flags") or []]
+    # what a method says of itself is a note; it does not make its numbers meaningless
+    said = [flag for flag in flags if any(flag == note or flag.startswith(f"{note} (") for note in notes)]
+    flags = [flag for flag in flags if flag not in said]
+    notes = said + [note for note in notes if not any(s == note or s.startswith(f"{note} (") for s in said)]
+    if status != "done":
+        flags.insert(0, f"{status}: {error or 'no reason was recorded'}")
+    row = {
+        "rule": rule["id"],
+        "kind": kind,
+        "name": source.get("name", title) if kind == "method" else title,
+        "title": title,
+        "label": title,
+        "seeds": list(source.get("seeds") or []),
+        "status": status,
+        "error": error,
+        "flags": flags,
+        "notes": notes,
+        "source": source,
+    }
+    row["cells"] = {head["key"]: _cell(row, source, head, rule) for head in heads}
+    return row
+
+
+def _floor_row(rule: Mapping[str, Any], heads: list[dict]) -> dict[str, Any]:
+    floor = rule.get("floor")
+    note = rule.get("floor_note") or "the floor needs at least two retrained models of different seeds"
+    cells = {}
+    for head in heads:
+        gap = gap_of(floor, head["key"])
+        why = "" if gap else (note if not floor else f"no floor is stated for {head['title']}")
+        cells[head["key"]] = {**_empty(why), "gap": gap, "gap_text": gap_text(gap, head["unit"])}
+        if head["key"].startswith("gap/") and gap:
+            cells[head["key"]] |= _as_value(gap, head["unit"])
+    row = {"kind": "floor"} | dict.fromkeys(("name", "title", "label"), "Retrained against retrained")
+    empty: dict[str, Any] = {"seeds": [], "status": "done", "error": "", "flags": [], "notes": [], "source": {}}
+    return {"rule": rule["id"], **row, **empty, "cells": cells}
+
+
+def _empty(why: str) -> dict[str, Any]:
+    blank = {"mean": None, "spread": None, "count": 0, "gap": None, "text": DASH, "spread_text": "", "gap_text": ""}
+    return {**blank, "best": False, "within_floor": False, "why": why}
+
+
+def _as_value(gap: Mapping[str, Any], unit: str) -> dict[str, Any]:
+    """A gap shown as the value of its own column: the number large, the interval small."""
+    text, _, ends = gap_text(gap, unit).partition(" ")
+    return {"mean": float(gap["mean"]), "text": text, "gap_text": ends, "count": gap.get("pairs") or 1}
+
+
+def _cell(
+    row: dict[str, Any], source: Mapping[str, Any], head: dict[str, Any], rule: Mapping[str, Any]
+) -> dict[str, Any]:
+    key, unit = head["key"], head["unit"]
+    gap, floor = gap_of(source.get("gap"), key), gap_of(rule.get("floor"), key)
+    within = bool(gap and floor and gap["mean"] <= (interval(floor) or (0.0, floor["mean"]))[1])
+    if key.startswith("gap/"):
+        if gap is None:
+            return _empty(_why_no_gap(row, rule))
+        return {**_empty(""), **_as_value(gap, unit), "gap": gap, "within_floor": within}
+    stored = (source.get("metrics") or {}).get(key)
+    stored = stored if isinstance(stored, list | tuple) else [stored]
+    values = scaled(stored, unit)
+    if not values:
+        return _empty(_why_missing(row, head, stored))
+    centre, spread = mean(values), deviation(values)
+    places = decimals(centre or 0.0, unit)
+    return {
+        **_empty(""),
+        "mean": centre,
+        "spread": spread,
+        "count": len(values),
+        "of": max(len(stored), len(row["seeds"])),
+        "gap": gap,
+        "text": number(centre, unit, places),
+        "spread_text": "" if spread is None else number(spread, unit, places),
+        "gap_text": gap_text(gap, unit),
+        "within_floor": within,
+    }
+
+
+def _why_no_gap(row: dict[str, Any], rule: Mapping[str, Any]) -> str:
+    if row["kind"] != "method":
+        return "a gap is stated for methods; the row below the retrained models holds their own"
+    if row["status"] != "done":
+        return row["flags"][0]
+    if not ((rule.get("models") or {}).get("retrained") or {}).get("metrics"):
+        return "there is no retrained model to compare with"
+    return "the gap could not be computed; see the notes under the row"
+
+
+def _why_missing(row: dict[str, Any], head: dict[str, Any], stored: Sequence[Any]) -> str:
+    if row["kind"] == "method" and row["status"] != "done":
+        return row["flags"][0]
+    if row["kind"] != "method" and head["key"].startswith(TIMES):
+        took = mean(finite(row["source"].get("seconds")))
+        return "stated for methods only" + (f"; training took {number(took, 's')} s" if took else "")
+    if head["key"] == "time/prepare":
+        return "this method computes nothing in advance"
+    if not row["source"].get("metrics"):
+        return f"there is no {row['kind']} model" if row["kind"] != "method" else "nothing was evaluated"
+    if any(value is not None for value in stored):
+        return "the value is not a finite number for any seed"
+    return f"{head['title']} is not defined here or was not computed"
+
+
+def _own_warnings(report: Any) -> list[str]:
+    """What a method's own report warns of, each sentence once; `report` is one dict or one a seed."""
+    reports = report if isinstance(report, list | tuple) else [report]
+    given = [w for r in reports if isinstance(r, Mapping) for w in _listed(r.get("warnings"))]
+    return list(dict.fromkeys(given))
+
+
+def _listed(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [str(v) for v in value or ()]
+
+
+def _mark_best(methods: list[dict[str, Any]], heads: list[dict[str, Any]]) -> None:
+    """Set `best` per column, ties included; rows that failed or carry a flag never win."""
+    sound = [row for row in methods if row["status"] == "done" and not row["flags"]]
+    for head in heads:
+        key = head["key"]
+        if head["better"] not in ("retrained", "high", "low"):
+            continue
+        by_gap = head["better"] == "retrained"
+        scores = [(row, _score(row["cells"][key], by_gap)) for row in sound]
+        known = [(row, score) for row, score in scores if score is not None]
+        if len(known) < 2:  # the best of one says nothing
+            continue
+        pick = max if head["better"] == "high" else min
+        unit = "pp" if by_gap and head["unit"] == "%" else head["unit"]
+        winner = number(pick(score for _, score in known), unit)
+        for row, score in known:
+            row["cells"][key]["best"] = number(score, unit) == winner
+
+
+def _score(cell: dict[str, Any], by_gap: bool) -> float | None:
+    if by_gap:
+        return float(cell["gap"]["mean"]) if cell["gap"] else None
+    return cell["mean"]
+
+
+def split_flag(flag: str) -> tuple[str, str]:
+    """A flag's short name and its sentence: "collapsed: all one class" gives ("collapsed", "all one class")."""
+    name, colon, sentence = flag.partition(":")
+    if not colon or len(name) > 48:
+        return "note", flag
+    return name.strip(), sentence.strip()
