@@ -23,6 +23,12 @@ from .jobs import Job, Outcome, run_all
 from .store import Store, key, recipe
 
 
+JOB_KEYS = {
+    "fit": ("seed_everything", "model", "data", "trainer"),
+    "unlearn": ("seed_everything", "model", "data", "trainer", "method", "unlearn_seed"),
+}
+
+
 @dataclass
 class Plan:
     """A benchmark file, read and checked."""
@@ -144,33 +150,38 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
             raise UserError(f"recipe: unknown key '{name}'; known are model, data, trainer")
     length = (base.get("trainer") or {}).get("max_epochs", 10)
 
-    def job(verb: str, title: str, cost: float, needs: Sequence[str] = (), **config: Any) -> str:
-        full = resolve(**config)
-        name = key(recipe(full) if verb == "unlearn" else recipe(full, "method"))
-        if name not in {j.key for j in sheet.jobs}:
-            file = write_job(store, name, config)
+    def job(verb: str, title: str, cost: float, full: Mapping[str, Any], needs: Sequence[str] = (), **seeds: int) -> str:
+        config = {**full, **seeds}
+        name = key(recipe(config) if verb == "unlearn" else recipe(config, "method"))
+        if name not in known:
+            known.add(name)
+            file = write_job(store, name, {k: v for k, v in config.items() if k in JOB_KEYS[verb]})
             sheet.jobs.append(Job((verb, "-c", str(file), "--store", str(store.root)), name, title, cost, tuple(needs)))
         return name
 
+    known: set[str] = set()
+    full = resolve(**base)
     for seed in plan.seeds:
-        sheet.originals[seed] = job("fit", f"original, seed {seed}", length, seed_everything=seed, **base)
+        sheet.originals[seed] = job("fit", f"original, seed {seed}", length, full, seed_everything=seed)
     methods = [read_method(m) for m in plan.methods]
     for i, rule in enumerate(plan.forget):
         data = with_rule(base["data"], rule)
-        sheet.configs.append(resolve(**{**base, "data": data}))
+        full = resolve(**{**base, "data": data})
+        sheet.configs.append(full)
         sheet.retrained[i] = {
-            seed: job("fit", f"retrained, rule {i + 1}, seed {seed}", length, seed_everything=seed, **{**base, "data": data})
+            seed: job("fit", f"retrained, rule {i + 1}, seed {seed}", length, full, seed_everything=seed)
             for seed in plan.retrain_seeds
         }
         for j, (title, method) in enumerate(methods):
-            full = resolve(**{**base, "data": data, "method": method})["method"]
-            name = full["class_path"].split(".")[-1]
+            full = resolve(**{**base, "data": data, "method": method})
+            chosen = full["method"]
             if i == 0:
-                sheet.rows.append(Row(name, title or headline(name, method), full))
-            cost = float((full.get("init_args") or {}).get("epochs") or 1)
+                name = chosen["class_path"].split(".")[-1]
+                sheet.rows.append(Row(name, title or headline(name, method), chosen))
+            cost = float((chosen.get("init_args") or {}).get("epochs") or 1)
             sheet.unlearned[i, j] = {
-                seed: job("unlearn", f"{sheet.rows[j].title}, rule {i + 1}, seed {seed}", cost, [sheet.originals[seed]],
-                          **{**base, "data": data, "method": method, "seed_everything": seed, "unlearn_seed": seed})
+                seed: job("unlearn", f"{sheet.rows[j].title}, rule {i + 1}, seed {seed}", cost, full,
+                          [sheet.originals[seed]], seed_everything=seed, unlearn_seed=seed)
                 for seed in plan.seeds
             }  # fmt: skip
     # originals first, then the long retrainings, then what waits for the originals

@@ -367,7 +367,7 @@ def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float]) -> 
         if not isinstance(source, Artifact):
             return timed()
         file = f"{name}.safetensors"
-        with store.lock(f"{source.key}-{name}"):
+        with store.lock(hashlib.sha256(f"{source.key}/{file}".encode()).hexdigest()[:12]):
             path = store.cache(source.key, file)
             if path.exists():
                 with safe_open(str(path), "pt") as opened:

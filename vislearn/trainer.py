@@ -15,6 +15,9 @@ from .learner import Learner
 from .method import UnlearningMethod
 
 
+CHECKPOINT_SECONDS = 30.0  # an interrupted training loses at most this much, and an epoch
+
+
 class Trainer(lightning.Trainer):
     """Lightning's Trainer with the verbs `unlearn` and `evaluate`."""
 
@@ -92,13 +95,13 @@ class Progress(Callback):
 
 
 class Resume(Callback):
-    """Keeps an interrupted training resumable: a checkpoint at the end of an epoch, at most every `every` seconds.
+    """Keeps an interrupted training resumable: a checkpoint at the end of an epoch, every CHECKPOINT_SECONDS at most.
 
     The generator's state travels with it, so that the resumed run gives the same weights as an uninterrupted one.
     """
 
-    def __init__(self, path: Path, every: float = 30.0) -> None:
-        self.path, self.every, self.last, self.seconds = path, every, time.monotonic(), 0.0
+    def __init__(self, path: Path) -> None:
+        self.path, self.last, self.seconds = path, time.monotonic(), 0.0
         self.start = time.perf_counter()
         self.rng: torch.Tensor | None = None
 
@@ -117,8 +120,9 @@ class Resume(Callback):
                 loader.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: LightningModule) -> None:
-        if time.monotonic() - self.last < self.every or trainer.current_epoch + 1 == trainer.max_epochs:
+        if time.monotonic() - self.last < CHECKPOINT_SECONDS or trainer.current_epoch + 1 == trainer.max_epochs:
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         trainer.save_checkpoint(beside)
         os.replace(beside, self.path)

@@ -1,0 +1,206 @@
+"""The contract that every method keeps, with its own defaults, over every learner it supports."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lightning import seed_everything
+from torch import Tensor
+
+from vislearn import methods
+from vislearn.data import ForgetDataModule, Labels, Memory
+from vislearn.errors import UserError
+from vislearn.forget import ClassForget, Forget, GroupForget, RandomForget
+from vislearn.learner import Classifier, Learner, Regressor
+from vislearn.method import GradientMethod, UnlearningMethod
+from vislearn.trainer import Trainer
+
+ZOO = [getattr(methods, name) for name in methods.__all__]
+CLASSES = 4
+
+
+class Tiny(ForgetDataModule):
+    """96 grey images of 8x8 pixels; a class is a bright quarter, and a target for regressors is its brightness."""
+
+    num_classes, channels, image_size, classes = CLASSES, 1, 8, ("a", "b", "c", "d")
+    mean, std = (0.3,), (0.3,)
+
+    def __init__(self, regression: bool = False, **kwargs: Any) -> None:
+        super().__init__(batch_size=16, **kwargs)
+        self.regression, self.read = regression, set()
+
+    def rows(self, train: bool) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(int(train))
+        y = torch.arange(96 if train else 32) % CLASSES
+        x = torch.randint(0, 90, (len(y), 1, 8, 8), generator=generator)
+        for quarter in range(CLASSES):
+            i, j = 4 * (quarter // 2), 4 * (quarter % 2)
+            x[y == quarter, :, i : i + 4, j : j + 4] += 120
+        return x.to(torch.uint8), y
+
+    def source(self, train: bool) -> Memory:
+        return Memory(self.rows(train)[0])
+
+    def labels(self, train: bool) -> Labels:
+        y = self.rows(train)[1]
+        attributes = {"fine": (y, self.classes)}
+        return Labels(y.float() / CLASSES if self.regression else y, () if self.regression else self.classes, attributes)
+
+    def loader(self, name: Any, *args: Any, **kwargs: Any) -> Any:
+        self.setup()
+        ids = name if isinstance(name, Tensor) else self.indices.get(name, torch.empty(0, dtype=torch.long))
+        if isinstance(name, str) and name.startswith("test"):
+            self.read.add("test")
+        elif isinstance(name, str) and name in ("val", "val_forget", "val_retain"):
+            self.read.add("val")
+        else:
+            forget = self.indices.get("forget", torch.empty(0, dtype=torch.long))
+            inside = torch.isin(ids, forget)
+            self.read |= {"forget"} if inside.any() else set()
+            self.read |= {"retain"} if (~inside).any() else set()
+        return super().loader(name, *args, **kwargs)
+
+
+LEARNERS = {
+    "batch norm": (Classifier, {"arch": "resnet8", "norm": "batch"}),
+    "group norm": (Classifier, {"arch": "resnet8", "norm": "group"}),
+    "vit": (Classifier, {"arch": "vit_tiny_cifar"}),
+    "regressor": (Regressor, {"arch": "resnet8"}),
+}
+RULES: dict[str, Forget] = {
+    "class": ClassForget([1]), "random": RandomForget(0.2), "group": GroupForget("fine", ["c"]),
+}  # fmt: skip
+
+
+def learner(kind: str) -> Learner:
+    cls, arguments = LEARNERS[kind]
+    seed_everything(1, verbose=False)
+    shape = {"num_classes": CLASSES} if cls is Classifier else {}
+    return cls(in_channels=1, image_size=8, **shape, **arguments)
+
+
+def trainer(**kwargs: Any) -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                   enable_model_summary=False, max_epochs=1, **kwargs)  # fmt: skip
+
+
+def build(cls: type[UnlearningMethod]) -> UnlearningMethod:
+    return cls(epochs=1) if issubclass(cls, GradientMethod) else cls()
+
+
+def run(cls: type[UnlearningMethod], kind: str, rule: Forget, **options: Any) -> tuple[Learner, Learner, Tiny, Any]:
+    """The original, the unlearned model, the data and the method."""
+    regression = LEARNERS[kind][0] is Regressor
+    original, data = learner(kind), Tiny(regression, forget=rule)
+    data.setup()
+    data.read.clear()
+    method = build(cls)
+    method.check(original, data)
+    seed_everything(3, verbose=False)
+    made: dict[str, dict[str, Tensor]] = {}
+    method.prepare(original, data, lambda name, make: made.setdefault(name, make()))
+    unlearned = method.unlearn(copy.deepcopy(original), data, trainer(**options))
+    return original, unlearned, data, method
+
+
+def supported() -> Iterator[Any]:
+    for cls in ZOO:
+        for kind, (learner_class, _) in LEARNERS.items():
+            if issubclass(learner_class, cls.supports):
+                yield pytest.param(cls, kind, id=f"{cls.__name__}-{kind}")
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("cls", "kind"), supported())
+def test_the_result_is_a_learner_like_the_original(cls: type[UnlearningMethod], kind: str, rule: Forget) -> None:
+    if isinstance(rule, ClassForget) and kind == "regressor":
+        rule = RandomForget(0.3)
+    original, unlearned, _, _ = run(cls, kind, rule)
+    before, after = original.state_dict(), unlearned.state_dict()
+    assert type(unlearned) is type(original)
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    assert all(torch.isfinite(v).all() for v in after.values() if v.is_floating_point())
+    assert [m.training for m in unlearned.modules()] == [m.training for m in original.modules()]
+    assert all(p.grad is None for p in original.parameters())
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_original_and_sets_stay_as_they_are(cls: type[UnlearningMethod]) -> None:
+    original, _, data, _ = run(cls, "batch norm", RULES["class"])
+    fresh, again = learner("batch norm"), Tiny(forget=RULES["class"])
+    again.setup()
+    assert all(torch.equal(a, b) for a, b in zip(original.state_dict().values(), fresh.state_dict().values(), strict=True))
+    assert all(torch.equal(data.indices[k], again.indices[k]) for k in again.indices)
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_same_seed_same_weights(cls: type[UnlearningMethod]) -> None:
+    first, second = (run(cls, "batch norm", RULES["random"])[1].state_dict() for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_reads_only_what_it_declares(cls: type[UnlearningMethod]) -> None:
+    data = run(cls, "batch norm", RULES["random"])[2]
+    allowed = set(cls.needs) | ({"forget", "retain"} if "train" in cls.needs else set())
+    assert data.read <= allowed
+    assert "test" not in data.read
+
+
+@pytest.mark.parametrize("cls", [c for c in ZOO if issubclass(c, GradientMethod)], ids=lambda c: c.__name__)
+def test_an_epoch_visits_each_row_of_its_longest_set_once(cls: type[UnlearningMethod]) -> None:
+    data = Tiny(forget=RULES["random"])
+    stream = build(cls).train_stream(data)
+    seen: dict[str, list[float]] = {}
+    for batch in stream:
+        parts = batch.items() if isinstance(batch, dict) else [batch] if isinstance(batch[0], str) else [("all", batch)]
+        for name, (x, _) in parts:
+            seen.setdefault(name, []).extend(x.flatten(1).sum(1).tolist())
+    longest = max(seen.values(), key=len)
+    assert len(set(longest)) == len(longest)
+    assert len(longest) in {len(data.indices["retain"]), len(data.indices["forget"])}
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_runs_in_bfloat16(cls: type[UnlearningMethod]) -> None:
+    unlearned = run(cls, "batch norm", RULES["random"], precision="bf16-mixed")[1]
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in unlearned.parameters())
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_says_that_there_is_nothing_to_unlearn(cls: type[UnlearningMethod]) -> None:
+    data = Tiny()
+    data.setup()
+    with pytest.raises(UserError, match=r"--data\.forget"):
+        build(cls).check(learner("batch norm"), data)
+
+
+@pytest.mark.parametrize("cls", [c for c in ZOO if not issubclass(Regressor, c.supports)], ids=lambda c: c.__name__)
+def test_refuses_a_learner_it_does_not_serve(cls: type[UnlearningMethod]) -> None:
+    data = Tiny(True, forget=RULES["random"])
+    data.setup()
+    with pytest.raises(UserError, match="Regressor"):
+        build(cls).check(learner("regressor"), data)
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_documented(cls: type[UnlearningMethod]) -> None:
+    doc = inspect.getdoc(cls) or ""
+    assert "Reference:" in doc
+    arguments = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "kwargs")]
+    missing = [a for a in arguments if f"{a}:" not in doc]
+    assert not missing, f"{cls.__name__} does not describe {missing}"
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_arguments_survive_the_command_line_and_yaml(cls: type[UnlearningMethod]) -> None:
+    from vislearn.cli import resolving_parser
+
+    parser = resolving_parser()
+    first = parser.parse_object({"method": {"class_path": cls.__name__}, "data": "Digits"})
+    again = parser.parse_string(parser.dump(first, skip_none=False))
+    assert again.method == first.method
+    assert type(parser.instantiate_classes(again).method) is cls

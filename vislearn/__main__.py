@@ -1,0 +1,5 @@
+"""`python -m vislearn`."""
+
+from .main import main
+
+main()
