@@ -7,9 +7,8 @@ from torch import Tensor
 class Augment:
     """Random shifts over zero padding, and horizontal flips: the usual augmentation of small images.
 
-    The parameters of all rows are drawn for an epoch at a time, so a row's augmentation depends on (seed, epoch, row)
-    and never on the batch it is in. The padding is black (zero before normalisation), as in the literature's
-    "random crop with padding 4".
+    A row's parameters are a hash of its number, so they depend on (seed, epoch, row) and never on the batch it is in.
+    The padding is black (zero before normalisation), as in the literature's "random crop with padding 4".
 
     Args:
         padding: largest shift in pixels, each way and along each axis.
@@ -22,11 +21,20 @@ class Augment:
     def __repr__(self) -> str:
         return f"Augment(padding={self.padding}, flip={self.flip})"
 
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, 3) int64: row offset and column offset of the crop, and whether to flip, for every row of an epoch."""
-        shifts = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator)
-        flips = torch.randint(0, 2, (n, 1), generator=generator)
-        return torch.cat([shifts, flips if self.flip else torch.zeros_like(flips)], dim=1)
+    def draw(self, ids: Tensor, seed: int) -> Tensor:
+        """The parameters of rows in one epoch.
+
+        Args:
+            ids: (b,) row numbers.
+            seed: of the epoch, any 64-bit integer.
+
+        Returns:
+            (b, 3) int64: offsets of the crop along rows and columns in [0, 2 * padding], and 1 to flip.
+        """
+        bits = hashed(ids, seed)
+        offsets = 2 * self.padding + 1
+        flips = (bits >> 40) & int(self.flip)
+        return torch.stack([(bits & 0xFFFFF) % offsets, (bits >> 20 & 0xFFFFF) % offsets, flips], dim=1)
 
     def apply(self, x: Tensor, params: Tensor) -> Tensor:
         """Augment a batch.
@@ -47,6 +55,37 @@ class Augment:
         rows = params[:, :1] + torch.arange(h, device=x.device)
         columns = torch.arange(w, device=x.device).expand(b, w)
         columns = params[:, 1:2] + torch.where(params[:, 2:3] > 0, w - 1 - columns, columns)
-        # one gather crops and flips; on one core it beat slices per image and indexing of unfolded windows
+        # one gather crops and flips, on any device; on one core, 128 images of 32x32 pixels take 0.8 ms in all
         source = (rows[:, :, None] * wide + columns[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
         return padded.view(b, c, -1).gather(2, source).view(b, c, h, w)
+
+
+def hashed(ids: Tensor, seed: int) -> Tensor:
+    """Random bits that belong to row numbers: element `ids` of the SplitMix64 sequence that starts at `seed`.
+
+    A generator would have to draw for every row of the split, however small the set that is visited.
+
+    Reference:
+        Steele, Lea, Flood. Fast Splittable Pseudorandom Number Generators. OOPSLA 2014.
+
+    Args:
+        ids: (b,) int64.
+        seed: any 64-bit integer.
+
+    Returns:
+        (b,) int64, 63 random bits each.
+    """
+    z = ids * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return (z ^ _shift(z, 31)) & (2**63 - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned word: torch multiplies modulo 2^64, whatever the sign."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right without copying the sign bit."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -45,6 +45,7 @@ class ForgetDataModule(LightningDataModule, ABC):
     A data set states the class attributes below, `source` and `labels`; everything else is here.
 
     Attributes:
+        name: name of the data set.
         num_classes: number of classes; 0 for a regression.
         channels: channels of an image.
         image_size: side of the square images in pixels.
@@ -63,6 +64,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         augment: whether to augment training images.
     """
 
+    name: str  # type: ignore[assignment] # Lightning's is None until it is set
     num_classes: int
     channels: int
     image_size: int
@@ -89,16 +91,12 @@ class ForgetDataModule(LightningDataModule, ABC):
             raise UserError(
                 f"val_fraction must lie between 0 and 1, not {val_fraction:g}; a tenth is --data.val_fraction=0.1"
             )
+        self.name = type(self).__name__
         self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
         self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
         self.indices: dict[str, Tensor] = {}
         self._device: torch.device | str = "cpu"
         self._sources: dict[bool, Source] = {}
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-        return type(self).__name__
 
     @abstractmethod
     def source(self, train: bool) -> Source:
@@ -203,8 +201,7 @@ class ForgetDataModule(LightningDataModule, ABC):
     def split(self) -> dict[str, Any]:
         """The split ledger: which row is in which set, and what the rows are."""
         self.setup()
-        names = [n for n in ("train", "val", "test", "forget", "retain") if n in self.indices]
-        sets = {n: {"ids": self.indices[n].tolist(), "sha256": sha256(self.indices[n])} for n in names}
+        sets = {n: {"ids": ids.tolist(), "sha256": sha256(ids)} for n, ids in self.indices.items()}
         return {"data": self.name, "fingerprint": self.fingerprint(), "sets": sets}
 
     def to(self, device: torch.device | str) -> "ForgetDataModule":
@@ -216,7 +213,8 @@ class ForgetDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> Iterable[Any]:
         """The module in training says what a batch is."""
         assert self.trainer is not None
-        return self.trainer.lightning_module.train_stream(self)
+        module: Any = self.trainer.lightning_module
+        return module.train_stream(self)
 
     def val_dataloader(self) -> list[Any]:
         """None: models are evaluated apart from training."""

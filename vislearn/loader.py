@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,13 +66,11 @@ class Loader:
         # lazily: Lightning makes the iterator of a resumed epoch before it says which epoch that is
         epoch, self.epoch = self.epoch, self.epoch + 1
         order = self.order(epoch)
-        params = None
-        if self.augment is not None:  # for all rows of the split, so that a row's share is the same in every subset
-            params = self.augment.draw(len(self.source), _generator(self.seed, epoch, AUGMENT))
+        seed = _seed(self.seed, epoch, AUGMENT)
         chunks = self._batches(order)
         for ids, x in zip(chunks, self._read(chunks), strict=True):
-            if params is not None and self.augment is not None:
-                x = self.augment.apply(x, params[ids])
+            if self.augment is not None:
+                x = self.augment.apply(x, self.augment.draw(ids, seed))
             yield self._normalise(x), self.targets[ids].to(x.device)
 
     @property
@@ -87,7 +86,9 @@ class Loader:
         """(m,) ids in the order in which the pass of an epoch visits them (in this process)."""
         if not self.shuffle:
             return self.ids
-        order = self.ids[torch.randperm(len(self.ids), generator=_generator(self.seed, epoch, ORDER))]
+        order = self.ids[
+            torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(_seed(self.seed, epoch, ORDER)))
+        ]
         rank, world = _process()
         if world == 1:
             return order
@@ -107,8 +108,8 @@ class Loader:
         if workers == 0 or isinstance(self.source, Memory):
             yield from (self.source.batch(ids) for ids in chunks)
             return
-        readers = torch.utils.data.DataLoader(
-            _Decoding(self.source, chunks),  # type: ignore[arg-type] # map-style without inheriting from Dataset
+        readers: torch.utils.data.DataLoader[Tensor | str] = torch.utils.data.DataLoader(
+            _Decoding(self.source, chunks),
             batch_size=None,
             num_workers=workers,
             generator=torch.Generator(),  # else torch draws from the global generator, and workers change the training
@@ -125,7 +126,7 @@ class Loader:
         return x.to(torch.float32).mul_(scale).sub_(offset)
 
 
-class _Decoding:
+class _Decoding(torch.utils.data.Dataset[Tensor | str]):
     """Batches of a source for worker processes; a user's error comes back as text, without a worker's traceback."""
 
     def __init__(self, source: Source, chunks: list[Tensor]) -> None:
@@ -197,12 +198,9 @@ def batches(loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str)
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:
-    """Random numbers of one epoch, independent between seeds, epochs and streams."""
-    import numpy as np
-
-    state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+def _seed(seed: int, epoch: int, stream: int) -> int:
+    """A seed of 63 bits for one epoch, unrelated between seeds, epochs and streams."""
+    return int(np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _process() -> tuple[int, int]:

@@ -7,6 +7,9 @@ import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import progress
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -76,18 +80,22 @@ class Files:
         return torch.from_numpy(np.stack([decode(self.paths[i], size=self.size) for i in ids.tolist()]))
 
     def digest(self) -> str:
-        """sha256 over the decoded images."""
-        whole = hashlib.sha256()
-        for path in self.paths:
-            whole.update(decode(path, size=self.size))
-        return whole.hexdigest()
+        """sha256 of the files, one after the other."""
+
+        def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            whole = hashlib.sha256()
+            for path in self.paths:
+                whole.update(hashlib.sha256(path.read_bytes()).digest())
+            return {}, {"content": whole.hexdigest()}
+
+        return cached("digest", stamp(self.paths), make)[1]["content"]
 
 
 def sha256(*tensors: Tensor) -> str:
     """sha256 of tensors' bytes, one after the other."""
     whole = hashlib.sha256()
     for tensor in tensors:
-        whole.update(tensor.cpu().contiguous().numpy())
+        whole.update(tensor.cpu().contiguous().numpy().data)
     return whole.hexdigest()
 
 
@@ -154,6 +162,8 @@ def read_class_images(where: Path, size: int) -> dict[str, tuple[list[str], Tens
         parts = path.parts
         if path.suffix.lower() not in SUFFIXES or len(parts) < 3 or parts[-3] not in ("train", "test"):
             continue
+        if len(images) % 500 == 0:
+            progress.report(0, f"decoding {where.name}, once: image {len(images):,}")
         image = decode(where / path if content is None else where.name / path, content)
         if image.shape != (3, size, size):
             raise UserError(f"{path} in {where} is {image.shape[2]}x{image.shape[1]} pixels, not {size}x{size}")
@@ -195,15 +205,18 @@ def data_folders(root: Path) -> list[Path]:
     return [root] + ([Path(named)] if named else [])
 
 
-def stamp(where: Path) -> str:
-    """Path, size and time of change of a file, or of every file in a folder: what tells that nothing has changed."""
-    files = (
-        [where] if where.is_file() else sorted(Path(base, name) for base, _, names in os.walk(where) for name in names)
-    )
-    whole = hashlib.sha256(str(where.resolve()).encode())
+def stamp(where: Path | Sequence[Path]) -> str:
+    """Hash of path, size and time of change of files, or of every file in a folder: the same when nothing changed."""
+    if not isinstance(where, Path):
+        files = list(where)
+    elif where.is_dir():
+        files = sorted(Path(base, name) for base, _, names in os.walk(where) for name in names)
+    else:
+        files = [where]
+    whole = hashlib.sha256()
     for path in files:
         stat = path.stat()
-        whole.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        whole.update(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return whole.hexdigest()
 
 
@@ -223,26 +236,61 @@ def cached(
     Returns:
         the tensors, and what else is known about the data, with the sha256 of each tensor under "sha256".
     """
+    from filelock import FileLock
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     folder = Path(os.environ.get("VISLEARN_CACHE") or Path.home() / ".cache" / "vislearn")
     path = folder / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-                return tensors, json.loads(file.metadata()["about"])
-        except (SafetensorError, OSError) as error:
-            log.warning("the cached data in %s are not readable (%s): they are decoded again", path, one_line(error))
-    tensors, about = make()
-    about["sha256"] = {k: sha256(v) for k, v in tensors.items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    lock: AbstractContextManager[Any] = nullcontext()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside, {"about": json.dumps(about)})
-        beside.replace(path)
-    except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
-        log.warning("cannot write the cached data %s (%s): the next run decodes again", path, one_line(error))
+        if os.access(folder, os.W_OK):
+            lock = FileLock(
+                path.with_suffix(".lock")
+            )  # of processes that start together, one decodes and the rest wait
+    except OSError as error:
+        log.warning("cannot make the cache folder %s (%s)", folder, one_line(error))
+    with lock:
+        if path.is_file():
+            try:
+                with safe_open(path, "pt") as file:
+                    found = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+                    return found, json.loads(file.metadata()["about"])
+            except (SafetensorError, OSError) as error:
+                log.warning("the cached data in %s are damaged (%s): they are made again", path, one_line(error))
+        tensors, about = make()
+        about["sha256"] = {k: sha256(v) for k, v in tensors.items()}
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, beside, {"about": json.dumps(about)})
+            beside.replace(path)
+        except (SafetensorError, OSError) as error:
+            log.warning("cannot write the cached data %s (%s): the next run makes them again", path, one_line(error))
+            if beside.exists():
+                beside.unlink()
     return tensors, about
+
+
+@lru_cache(maxsize=4)
+def decoded(paths: tuple[Path, ...], size: int, stamp: str) -> Memory:
+    """Image files decoded into memory, from the cache where they are in it; kept for the life of the process.
+
+    Args:
+        paths: one image file per row.
+        size: side of the square images.
+        stamp: the files' `stamp`.
+    """
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter's lock
+            images = pool.map(lambda path: decode(path, size=size), paths)
+            rows = np.empty((len(paths), 3, size, size), np.uint8)
+            for number, image in enumerate(images):
+                rows[number] = image
+                if number % 500 == 0:
+                    progress.report(0, f"decoding images, once: {number:,} of {len(paths):,}")
+        return {"images": torch.from_numpy(rows)}, {}
+
+    tensors, about = cached("images", [stamp, size], make)
+    return Memory(tensors["images"], about["sha256"]["images"])
