@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vislearn.errors import UserError
-from vislearn.progress import Display, duration, summary
+from vislearn.progress import Display
 from vislearn.store import Store
 from vislearn.workers import (
     TARGET,
@@ -93,7 +93,7 @@ def run_all(
         executor: "local", or "slurm" through submitit.
         quiet: print nothing.
         target: what the arguments are given to, "module:function" or a function at the top of a module.
-        pool: workers that are kept for a further call; the caller stops them.
+        pool: workers of `make_pool` with the same target, kept for a further call; the caller stops them.
 
     Raises:
         UserError: an executor that does not exist or is not installed.
@@ -283,11 +283,3 @@ def _priorities(jobs: list[Job]) -> list[float]:
         behind = max((priority[user] for user in needed_by.get(jobs[number].key, ())), default=0.0)
         priority[number] = jobs[number].cost + behind
     return priority
-
-
-def describe(outcomes: Iterable[Outcome]) -> str:
-    """Sum up outcomes on one line: "3 made in 41 s of work, 5 found, 1 failed"."""
-    outcomes = list(outcomes)
-    text = summary(outcomes)
-    seconds = sum(outcome.seconds for outcome in outcomes if outcome.state == "made")
-    return text.replace(" made", f" made in {duration(seconds)} of work", 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -212,9 +212,3 @@ class _Bars:
 
     def close(self) -> None:
         self.progress_bars.stop()
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """Count outcomes by state: "3 made, 5 found, 1 failed"."""
-    states = [outcome.state for outcome in outcomes]
-    return ", ".join(f"{states.count(s)} {s}" for s in ("made", "found", "failed", "skipped") if s in states)
