@@ -48,7 +48,7 @@ def rate_factor(
     epoch = step // steps_per_epoch
     reached = gamma ** sum(epoch >= m for m in milestones)
     if schedule == "ssd":
-        return step / steps_per_epoch if epoch < 2 else reached
+        return step / (steps_per_epoch + 1e-8) if epoch < 2 else reached  # their guard against an epoch of no steps
     warmup = round(warmup_epochs * steps_per_epoch)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,0 +1,1 @@
+"""Comparison with numbers that the authors' own code gave."""

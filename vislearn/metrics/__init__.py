@@ -1,0 +1,1 @@
+"""Metrics: pure functions of outputs, targets and scores."""
