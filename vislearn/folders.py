@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import re
-import socket
 import time
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 CACHE = "cache"
+HOST = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")  # `socket` is slow to import
 
 STORAGE_FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -86,7 +86,7 @@ def age_of_dead(temporary: Path) -> float | None:
     if match is None or days < 0:
         return days if days >= 0 else None
     host, pid = match[1], int(match[2])
-    if host != socket.gethostname():
+    if host != HOST:
         return days if days >= 1 else None
     try:
         os.kill(pid, 0)

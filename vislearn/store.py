@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vislearn.errors import UserError
-from vislearn.folders import CACHE, MANIFEST, age_of_dead, days_old, files_of, fsync, seal, sha256, storage_fault
+from vislearn.folders import CACHE, HOST, MANIFEST, age_of_dead, days_old, files_of, fsync, seal, sha256, storage_fault
 from vislearn.recipe import key, load_yaml, plain, recipe
 
 __all__ = ["Artifact", "Leftover", "Store", "key", "recipe"]
@@ -273,7 +272,7 @@ class Store:
     def put_cache(self, key: str, name: str, writer: Callable[[Path], None]) -> Path:
         """Let `writer` fill a file and rename it to `cache(key, name)`, so that nobody reads half of it."""
         target = self.cache(key, name)
-        temporary = target.with_name(f".{name}.{socket.gethostname()}-{os.getpid()}")
+        temporary = target.with_name(f".{name}.{HOST}-{os.getpid()}")
         try:
             with self._readable_faults(key):
                 target.parent.mkdir(exist_ok=True)
@@ -316,7 +315,7 @@ class Store:
         return self.root / key
 
     def _temporary(self, key: str) -> Path:
-        path = self.root / f".tmp-{key}-{socket.gethostname()}-{os.getpid()}"
+        path = self.root / f".tmp-{key}-{HOST}-{os.getpid()}"
         shutil.rmtree(path, ignore_errors=True)  # a dead process of the same number
         return path
 
