@@ -171,12 +171,16 @@ def test_a_warning_of_the_method_itself_is_a_note_and_appears_once() -> None:
     assert row["notes"] == ["alpha=10 is at or above the ceiling 8.7: nothing can be selected"]
 
 
-def test_a_method_named_twice_goes_by_its_title() -> None:
+def test_a_method_named_twice_is_told_apart_by_what_differs() -> None:
     results = example()
-    results["rules"][0]["methods"][0]["name"] = "SSD"
-    labels = [row["label"] for row in methods_of(results, "class-3")]
-    assert "SSD" not in labels
-    assert len(set(labels)) == len(labels)
+    for method, alpha in zip(results["rules"][0]["methods"], (1, 5, 10), strict=False):
+        method.update(name="SSD", config={"init_args": {"dampening": 1.0, "alpha": alpha, "fisher": f"f{alpha}"}})
+    results["rules"][0]["methods"][6]["name"] = "Other"
+    labels = {row["label"] for row in methods_of(results, "class-3")}
+    assert {"SSD (alpha=1)", "SSD (alpha=5)", "SSD (alpha=10)", "SCRUB"} <= labels
+    for method in results["rules"][0]["methods"][:3]:
+        method["config"] = {}
+    assert "FineTune (epochs=5, lr=0.05)" in {row["label"] for row in methods_of(results, "class-3")}
 
 
 def test_columns_without_a_number_leave_the_table_of_their_rule() -> None:

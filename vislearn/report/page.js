@@ -1,5 +1,5 @@
-// The page is complete without this: it hides all but one per-class plot, opens what a link points at, and opens
-// everything before printing.
+// The page is complete without this: it hides all but one per-class plot, opens what a link points at, and says on a
+// tap what a pointer gets by hovering.
 document.querySelectorAll("[data-chooser]").forEach((figure) => {
   const panels = figure.querySelectorAll("[data-panel]");
   const label = figure.querySelector("label");
@@ -12,7 +12,6 @@ document.querySelectorAll("[data-chooser]").forEach((figure) => {
   show();
 });
 
-// Where nothing can hover, a tap on a dash says why the number is missing.
 document.querySelectorAll("td.none").forEach((cell) => {
   cell.addEventListener("click", () => cell.classList.toggle("told"));
 });
@@ -23,10 +22,3 @@ const openTarget = () => {
 };
 addEventListener("hashchange", openTarget);
 openTarget();
-
-let opened = [];
-addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details:not([open])")];
-  opened.forEach((entry) => { entry.open = true; });
-});
-addEventListener("afterprint", () => opened.forEach((entry) => { entry.open = false; }));

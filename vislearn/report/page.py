@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ def write_page(results: dict[str, Any], path: Path | str) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """The page as text."""
+    return str(_template().render(dash=DASH, **context(results)))
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    """The compiled template, with the style sheet and the script in it."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -63,9 +70,9 @@ def render(results: dict[str, Any]) -> str:
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["svg"] = Markup  # drawn by plots.py, which escapes what it writes
     made.filters["yaml"] = as_yaml
-    style, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
-    template = made.from_string((here / "page.html").read_text(encoding="utf-8"))
-    return template.render(style=Markup(style), script=Markup(script), dash=DASH, **context(results))
+    for name, file in (("style", "style.css"), ("script", "page.js")):
+        made.globals[name] = Markup((here / file).read_text(encoding="utf-8"))
+    return made.from_string((here / "page.html").read_text(encoding="utf-8"))
 
 
 def context(results: dict[str, Any]) -> dict[str, Any]:

@@ -131,6 +131,10 @@ def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tic
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
 
 
+def shortened(words: str, most: int) -> str:
+    return words if len(words) <= most else f"{words[: max(1, most - 1)]}…"
+
+
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
@@ -224,12 +228,12 @@ def _spot(p: Point, x: Axis, y: Axis) -> tuple[float, float]:
 
 def _label(p: Point, x: Axis, y: Axis) -> str:
     """The name; a point that is drawn at the edge because it lies outside says where it is."""
-    outside = []
+    name, outside = shortened(p.name, 28), []
     if not x.low <= p.x <= x.high:
         outside.append(f"{'←' if p.x < x.low else '→'} {number(p.x, '%')}")
     if p.y > y.high:
         outside.append(f"↑ {number(p.y, '%')}")
-    return f"{p.name} ({', '.join(outside)})" if outside else p.name
+    return f"{name} ({', '.join(outside)})" if outside else name
 
 
 def _whiskers(p: Point, px: float, py: float, x: Axis, y: Axis) -> str:
@@ -258,7 +262,7 @@ def place_labels(
         px, py = spots[i]
         wide = LETTER * size * len(names[i])
         best: tuple[float, tuple[float, float, float, float], float] | None = None
-        for far in (11.0, 20.0, 32.0, 48.0, 66.0):
+        for far in (11.0, 20.0, 32.0, 48.0, 66.0, 90.0, 125.0):
             for turn in range(0, 360, 30):
                 dx, dy = far * math.cos(math.radians(turn)), far * math.sin(math.radians(turn))
                 x1 = px + dx - (wide if dx < -1e-6 and abs(dx) > 1 else wide / 2 if abs(dx) <= 1 else 0)
@@ -346,9 +350,10 @@ def cost(items: Sequence[Cost], retraining: float | None, width: float) -> str:
         )
     for i, item in enumerate(items):
         y = head + row * i
-        parts.append(f"{marker(item.index, left + 7, y + 8, 4.5)}{text(left + 19, y + 12.5, item.name, kind='name')}")
-        after = left + 31 + LETTER * 13 * len(item.name)
-        parts.append(text(after, y + 12.5, item.remark, kind="value"))
+        remark = f'<tspan class="value" dx="9">{escape(item.remark)}</tspan>'
+        parts.append(marker(item.index, left + 7, y + 8, 4.5))
+        name = escape(shortened(item.name, int((width - 40) / (LETTER * 13)) - len(item.remark)))
+        parts.append(f'<text class="name" x="{left + 19:.1f}" y="{y + 12.5:.1f}">{name}{remark}</text>')
         if item.seconds:
             middle = math.fsum(item.seconds) / len(item.seconds)
             parts.append(box(left, y + 19, x(middle) - left, 9, "bar", f"{item.name}: {number(middle, 's')} s"))
@@ -380,8 +385,10 @@ def class_bars(
     """
     left, right, top = 34.0, width - 4.0, 22.0
     step = (right - left) / max(1, len(names))
-    slanted = max(len(n) for n in names) * LETTER * 12 > step - 4
-    bottom = height - (52 if slanted else 24)
+    longest = max(len(n) for n in names) * LETTER * 12
+    slanted = longest > step - 4
+    bottom = height - 52
+    height = bottom + (24 + min(90.0, longest * math.sin(math.radians(38))) if slanted else 24)
     y = Axis(0.0, 100.0, bottom, top)
     parts = []
     for level in (0, 25, 50, 75, 100):

@@ -126,8 +126,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         One dict a row: `rule` (id), `kind` ("original", "retrained", "floor" or "method"), `name`, `title`, `label`
-        (the name, or the title where a name stands twice), `seeds`, `status`, `error`, `flags` and `notes`
-        (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in the
+        (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags` and
+        `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in the
         printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
         `within_floor`, and in `why` the reason for a missing number, else "".
     """
@@ -138,14 +138,35 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         for kind, title in (("original", "Original"), ("retrained", "Retrained")):
             found.append(_row(rule, kind, title, models.get(kind) or {}, heads))
         found.append(_floor_row(rule, heads))
-        names = [m["name"] for m in rule.get("methods") or []]
         methods = [_row(rule, "method", m.get("title") or m["name"], m, heads) for m in rule.get("methods") or []]
-        for row in methods:
-            row["label"] = row["name"] if names.count(row["name"]) == 1 else row["title"]
+        _label(methods)
         methods.sort(key=_order)
         _mark_best(methods, heads)
         found.extend(methods)
     return found
+
+
+def _label(methods: Sequence[dict[str, Any]]) -> None:
+    """Set `label`: the name, with as few of the settings as tell methods of the same name apart."""
+    for name in dict.fromkeys(row["name"] for row in methods):
+        same = [row for row in methods if row["name"] == name]
+        settings = [_settings(row["source"].get("config")) for row in same]
+        keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
+        labels = [name] * len(same)
+        for count in range(1, len(keys) + 1):
+            if len(set(labels)) == len(same):
+                break
+            chosen = [[f"{k}={s[k]}" for k in keys[:count] if k in s] for s in settings]
+            labels = [f"{name} ({', '.join(parts)})" if parts else name for parts in chosen]
+        unique = len(set(labels)) == len(same)
+        for row, label in zip(same, labels, strict=True):
+            row["label"] = label if unique else row["title"]
+
+
+def _settings(config: Any) -> dict[str, str]:
+    config = config if isinstance(config, Mapping) else {}
+    arguments = config.get("init_args") or {}
+    return {str(key): str(value) for key, value in arguments.items()}
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, bool, float]:
