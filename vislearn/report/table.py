@@ -127,8 +127,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     Returns:
         One dict a row: `rule` (id), `kind` ("original", "retrained", "floor" or "method"), `name`, `title`, `label`
         (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags` and
-        `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in the
-        printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
+        `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in
+        the printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
         `within_floor`, and in `why` the reason for a missing number, else "".
     """
     heads = columns(results)
