@@ -32,10 +32,7 @@ class CIFAR10(ForgetDataModule):
     classes: tuple[str, ...] = CLASSES
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # over the pixels of the 50,000 training images
     augmentation = Augment(padding=4, flip=True)
-    stem, official = (
-        "cifar10",
-        "cifar-10-batches-py",
-    )  # names of the folder or archive of images, of torchvision's folder
+    stem, official = "cifar10", "cifar-10-batches-py"  # names on disk: of images or archive, of the published files
 
     def __init__(self, root: Path = Path("data"), download: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -44,10 +41,8 @@ class CIFAR10(ForgetDataModule):
 
     def prepare_data(self) -> None:
         if self.download and self._where() is None:
-            import torchvision.datasets
-
             try:
-                getattr(torchvision.datasets, type(self).__name__)(self.root, download=True)
+                published(self.stem)(self.root, download=True)
             except (OSError, RuntimeError) as error:
                 raise UserError(f"cannot download {self.name} to {self.root} ({one_line(error)})") from error
 
@@ -74,6 +69,7 @@ class CIFAR10(ForgetDataModule):
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Images (n, 3, 32, 32) uint8 and targets (n,) of both splits, class names, and what they hash to."""
         if self._found is None:
+            self.prepare_data()
             where = self._where()
             if where is None:
                 raise no_data(
@@ -86,7 +82,7 @@ class CIFAR10(ForgetDataModule):
                         "say where they are with --data.root=FOLDER or the environment variable VISLEARN_DATA",
                     ],
                 )
-            self._found = read(type(self).__name__, where, stamp(where), self.stem, where.name == self.official)
+            self._found = read(self.stem, where, stamp(where), official=where.name == self.official)
             names = tuple(self._found[1]["classes"])
             expected = self._file_classes()
             if names != expected:
@@ -103,19 +99,18 @@ class CIFAR10(ForgetDataModule):
 
 
 @lru_cache(maxsize=2)  # for the life of the process, which may run many jobs on the same data
-def read(name: str, where: Path, stamped: str, stem: str, official: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(stem: str, where: Path, stamped: str, official: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a CIFAR data set, from the cache of decoded data where it is in it.
 
     Args:
-        name: torchvision's name of the class.
+        stem: cifar10 or cifar100.
         where: torchvision's folder, a folder of images or an archive.
         stamped: the `stamp` of `where`.
-        stem: name of the cached file.
         official: whether `where` is torchvision's folder.
     """
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return read_official(name, where) if official else read_images(where)
+        return read_official(stem, where) if official else read_images(where)
 
     return cached(stem, stamped, make)
 
@@ -132,15 +127,13 @@ def read_images(where: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"classes": names}
 
 
-def read_official(name: str, where: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_official(stem: str, where: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the published files through torchvision, which unpickles them only after comparing their md5."""
-    import torchvision.datasets
-
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     for split in ("train", "test"):
         try:
-            rows = getattr(torchvision.datasets, name)(where.parent, train=split == "train")
+            rows = published(stem)(where.parent, train=split == "train")
         except RuntimeError as error:
             raise UserError(
                 f"the files in {where} are incomplete or not the published ones; remove the folder and run with "
@@ -150,3 +143,10 @@ def read_official(name: str, where: Path) -> tuple[dict[str, Tensor], dict[str, 
         tensors[f"{split}_targets"] = torch.tensor(rows.targets)
         names = list(rows.classes)
     return tensors, {"classes": names}
+
+
+def published(stem: str) -> Any:
+    """torchvision's class of a CIFAR data set."""
+    import torchvision.datasets
+
+    return getattr(torchvision.datasets, stem.upper())

@@ -112,9 +112,10 @@ class ImageFolder(ForgetDataModule):
             return {True: {}, False: {}}
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = {row.get("file"): row for row in reader}
-            columns = [c for c in reader.fieldnames or [] if c != "file"]
-        if None in rows or not columns:
+            rows = {row.get("file", ""): row for row in reader}
+            header = list(reader.fieldnames or [])
+        columns = [c for c in header if c != "file"]
+        if "file" not in header or not columns:
             raise UserError(f'{table} needs a column "file" with paths below {self.root} and a column per attribute')
         keys = {t: [p.relative_to(self.root).as_posix() for p in paths] for t, paths in self._paths.items()}
         missing = [key for of_split in keys.values() for key in of_split if key not in rows]

@@ -322,8 +322,8 @@ def _names(labels: Labels) -> tuple[str, ...]:
 
 def _unknown(item: int | str, names: Sequence[str], option: str, kind: str) -> str:
     text = str(item)
-    near = difflib.get_close_matches(text.lower(), [n.lower() for n in names], n=3, cutoff=0.5)
-    close = [n for n in names if n.lower() in near]
+    lower = {name.lower(): name for name in names}
+    close = [lower[near] for near in difflib.get_close_matches(text.lower(), lower, n=2)]  # the likest first
     shown = [f"{number} {name}" if name != str(number) else name for number, name in enumerate(names)]
     known = ", ".join(shown) if len(shown) <= 20 else f"{', '.join(shown[:20])}, ... ({len(shown)} in all)"
     hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -272,7 +272,7 @@ def cached(
     return tensors, about
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # the training and the test split of one data set
 def decoded(paths: tuple[Path, ...], size: int, stamp: str) -> Memory:
     """Image files decoded into memory, from the cache where they are in it; kept for the life of the process.
 
