@@ -137,11 +137,13 @@ class Learner(LightningModule, ABC):
     def check_finite(self, loss: Tensor) -> None:
         """Stop a training that has diverged."""
         if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); nothing was "
-                            f"stored; try a smaller --model.lr than {self.lr:g}")  # fmt: skip
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); nothing was stored;"
+                f" try a smaller --model.lr than {self.lr:g}"
+            )
 
     def on_train_epoch_start(self) -> None:
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "set_epoch"):  # order and augmentation are those of this epoch, after a resume too
             loader.set_epoch(self.current_epoch)
 
@@ -165,8 +167,10 @@ class Learner(LightningModule, ABC):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise UserError(f"schedule={self.schedule} needs the length of the training: give --trainer.max_epochs, or "
-                            "--model.schedule=constant --model.warmup_epochs=0")  # fmt: skip
+            raise UserError(
+                f"schedule={self.schedule} needs the length of the training: give --trainer.max_epochs, or "
+                "--model.schedule=constant --model.warmup_epochs=0"
+            )
         per_epoch = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
 
         def factor(step: int) -> float:
@@ -178,7 +182,7 @@ class Learner(LightningModule, ABC):
 
     @property
     def init_args(self) -> dict[str, Any]:
-        """The constructor's arguments as plain data; what Lightning's command adds to them (underscored) is left out."""
+        """The constructor's arguments as plain data, without what Lightning's command adds to them (underscored)."""
         return {name: plain(value) for name, value in self.hparams.items() if not name.startswith("_")}
 
     @property
@@ -240,8 +244,10 @@ class NetworkLearner(Learner):
         channels, size = self.in_channels or 3, self.image_size or 32
         self.network = build(self.arch, self.outputs, channels, size, self.norm, self.pretrained)
         if self.low_resolution and not self.network.any_size:
-            raise UserError(f"{self.arch} takes images of one size only; leave out --model.low_resolution, or choose a "
-                            "convolutional --model.arch")  # fmt: skip
+            raise UserError(
+                f"{self.arch} takes images of one size only; leave out --model.low_resolution, or choose a "
+                "convolutional --model.arch"
+            )
         check(max(self.low_resolution, default=0) <= size,
               f"low_resolution={self.low_resolution} goes above the images' {size} pixels")  # fmt: skip
         # one patch convolution gains nothing; the activations follow the weights, so that inputs need no care
@@ -367,7 +373,7 @@ def from_spec(spec: Mapping[str, Any], public_weights: bool = False) -> Learner:
 
     Args:
         spec: {"class_path": a class that can be imported, "init_args": its constructor's arguments}.
-        public_weights: fetch the public weights of a pretrained backbone; by default not, because stored weights follow.
+        public_weights: fetch the public weights of a pretrained backbone; by default not: stored weights will follow.
 
     Raises:
         UserError: when the class cannot be imported, is no Learner, or refuses the arguments.
@@ -377,10 +383,11 @@ def from_spec(spec: Mapping[str, Any], public_weights: bool = False) -> Learner:
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot import the learner '{path}': {error}; install its package, or start where its file lies"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"cannot import the learner '{path}' ({error}); install its package, or start in the folder of its file"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Learner)):
-        raise UserError(f"'{path}' is no Learner; the class_path of a model names a subclass of vislearn.learner.Learner")
+        raise UserError(f"'{path}' is no Learner; the class_path must name a subclass of vislearn.learner.Learner")
     try:
         if public_weights:
             return cls(**spec.get("init_args", {}))

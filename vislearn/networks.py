@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -127,10 +128,10 @@ class ResNet(Network):
     """
 
     def __init__(
-        self, blocks: Sequence[int], widths: Sequence[int], num_outputs: int, in_channels: int, norm: Norm, project: bool
+        self, blocks: Sequence[int], widths: Sequence[int], outputs: int, channels: int, norm: Norm, project: bool
     ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv(in_channels, widths[0], 3, 1, norm), norm_layer(norm, widths[0])
+        self.conv1, self.bn1 = conv(channels, widths[0], 3, 1, norm), norm_layer(norm, widths[0])
         self.stages = len(blocks)
         before = widths[0]
         for stage, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
@@ -139,7 +140,7 @@ class ResNet(Network):
                 layer.append(Block(before, width, 2 if stage and not i else 1, norm, project))
                 before = width
             self.add_module(f"layer{stage + 1}", layer)
-        self.head = nn.Linear(before, num_outputs)
+        self.head = nn.Linear(before, outputs)
         initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class CNN(Network):
         super().__init__()
         widths = (in_channels, 32, 64, 128)
         self.body = nn.Sequential()
-        for i, (before, width) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, width) in enumerate(pairwise(widths)):
             self.body.extend([conv(before, width, 3, 1, norm), norm_layer(norm, width), nn.ReLU()])
             if i < 2:
                 self.body.append(nn.MaxPool2d(2))
@@ -238,8 +239,10 @@ class ViT(Network):
         super().__init__()
         width, heads, depth, patch = 192, 3, 6, 2 if image_size < 16 else 4
         if image_size % patch:
-            raise UserError(f"vit_tiny_cifar cuts images into {patch}x{patch} patches, and {image_size} pixels cannot be; "
-                            f"give an image_size that is a multiple of {patch}")  # fmt: skip
+            raise UserError(
+                f"vit_tiny_cifar cuts images into {patch}x{patch} patches, which {image_size} pixels cannot be; give "
+                f"an image_size that is a multiple of {patch}"
+            )
         self.patch_embed = nn.Conv2d(in_channels, width, patch, patch)
         self.register_buffer("codes", positions(image_size // patch, width), persistent=False)
         self.blocks = nn.Sequential(*(Encoder(width, heads) for _ in range(depth)))
@@ -294,7 +297,12 @@ NORMED = ("resnet8", "resnet20", "resnet18_cifar", "cnn")  # those that take ano
 
 
 def build(
-    arch: str, num_outputs: int, in_channels: int = 3, image_size: int = 32, norm: Norm = "batch", pretrained: bool = False
+    arch: str,
+    num_outputs: int,
+    in_channels: int = 3,
+    image_size: int = 32,
+    norm: Norm = "batch",
+    pretrained: bool = False,
 ) -> Network:
     """Build a network with new weights, drawn from torch's global generator.
 
@@ -311,18 +319,24 @@ def build(
         UserError: for an unknown name, an unfitting size or norm, or public weights that cannot be had.
     """
     if min(num_outputs, in_channels, image_size) < 1:
-        raise UserError(f"a network needs at least one output, channel and pixel, not {num_outputs}, {in_channels}, "
-                        f"{image_size}; see num_classes, in_channels and image_size")  # fmt: skip
+        raise UserError(
+            f"a network needs at least one output, channel and pixel, not {num_outputs}, {in_channels} and {image_size};"
+            " see --model.num_classes, --model.in_channels and --model.image_size"
+        )
     if norm not in get_args(Norm):
-        raise UserError(f"unknown norm '{norm}'; choose one of {', '.join(get_args(Norm))}")
+        raise UserError(f"unknown norm '{norm}' (--model.norm); choose one of {', '.join(get_args(Norm))}")
     if norm != "batch" and arch not in NORMED:
-        raise UserError(f"{arch} has a normalisation of its own: leave --model.norm=batch, or choose "
-                        f"--model.arch={'|'.join(NORMED)}")  # fmt: skip
+        raise UserError(
+            f"{arch} has a normalisation of its own; leave out --model.norm={norm}, or choose one of "
+            f"{', '.join(NORMED)} by --model.arch"
+        )
     if arch not in OWN:
         return from_timm(arch, num_outputs, in_channels, image_size, pretrained)
     if pretrained:
-        raise UserError(f"there are no public weights for {arch}; use --model.pretrained=false, or a timm name such as "
-                        "--model.arch=resnet18")  # fmt: skip
+        raise UserError(
+            f"there are no public weights for {arch}; use --model.pretrained=false, or a timm name such as "
+            "--model.arch=resnet18"
+        )
     return OWN[arch](num_outputs, in_channels, image_size, norm)
 
 
@@ -332,10 +346,11 @@ def from_timm(arch: str, num_outputs: int, in_channels: int, image_size: int, pr
 
     if not timm.is_model(arch.split(".")[0]):
         near = get_close_matches(arch, [*OWN, *timm.list_models()], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(OWN)} or a name from timm.list_models()"
+        names = f"use {', '.join(OWN)} or a name from timm.list_models()"
+        hint = f"did you mean {' or '.join(near)}?" if near else names
         raise UserError(f"unknown network '{arch}' (--model.arch); {hint}")
     pretrained = pretrained and _fetch.get()
-    settings = {"pretrained": pretrained, "num_classes": num_outputs, "in_chans": in_channels}
+    settings: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_outputs, "in_chans": in_channels}
     try:
         try:
             return Timm(timm.create_model(arch, img_size=image_size, **settings))
@@ -344,7 +359,11 @@ def from_timm(arch: str, num_outputs: int, in_channels: int, image_size: int, pr
     except Exception as error:  # each library below timm has errors of its own, for want of a network above all
         reason = " ".join(str(error).split())[:200]
         if pretrained:
-            raise UserError(f"cannot get the public weights of {arch}: {reason}; use --model.pretrained=false, or put the "
-                            "weights into the Hugging Face cache on a machine with a network") from error  # fmt: skip
-        raise UserError(f"timm cannot build {arch} for {in_channels}x{image_size}x{image_size} images: {reason}; choose "
-                        "another --model.arch or image_size") from error  # fmt: skip
+            raise UserError(
+                f"cannot get the public weights of {arch} ({reason}); use --model.pretrained=false, or start once with "
+                "a network so that they are kept in the Hugging Face cache"
+            ) from error
+        raise UserError(
+            f"timm cannot build {arch} for {in_channels}x{image_size}x{image_size} images ({reason}); choose another "
+            "--model.arch or --model.image_size"
+        ) from error
