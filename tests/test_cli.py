@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(home)
     return home
@@ -224,10 +224,8 @@ def test_a_fault_is_one_clear_line(
     Path("evil.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     from vislearn.learner import Classifier
 
-    save_file(
-        {k: v.contiguous() for k, v in Classifier("resnet8", num_classes=7, in_channels=1, image_size=8).state_dict().items()},
-        "head.safetensors",
-    )
+    seven = Classifier("resnet8", num_classes=7, in_channels=1, image_size=8).state_dict()
+    save_file({k: v.contiguous() for k, v in seven.items()}, "head.safetensors")
     said = fault(capsys, *argv)
     assert all(word in said for word in words), said
     assert len(said) < 700
@@ -271,7 +269,8 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], ["store", "ls"]])
 def test_answers_at_once(tmp_path: Path, argv: list[str]) -> None:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "vislearn", *argv], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", "-m", "vislearn", *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert " torch" not in done.stderr
     assert time.perf_counter() - start < 5  # the target is 0.6 s; a busy machine is given time, torch is not

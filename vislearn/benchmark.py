@@ -22,7 +22,6 @@ from .errors import UserError
 from .jobs import Job, Outcome, run_all
 from .store import Store, key, recipe
 
-
 JOB_KEYS = {
     "fit": ("seed_everything", "model", "data", "trainer"),
     "unlearn": ("seed_everything", "model", "data", "trainer", "method", "unlearn_seed"),
@@ -89,14 +88,15 @@ def read_plan(file: str | None) -> Plan:
         raise UserError(f"{path}: 'seeds' is empty; one original model at least is needed, for example [0]")
     shared = sorted(set(plan.seeds) & set(plan.retrain_seeds))
     if shared:
-        raise UserError(f"{path}: seed {shared[0]} is in 'seeds' and in 'retrain_seeds'; a retrained model needs a seed "
-                        "of its own, or it starts from the original's weights and agrees with it for the wrong reason")  # fmt: skip
+        raise UserError(f"{path}: seed {shared[0]} is in 'seeds' and in 'retrain_seeds'; a retrained model needs a "
+                        "seed of its own, or it starts from the original's weights and agrees with it for the wrong "
+                        "reason")  # fmt: skip
     plan.title = plan.title or path.stem
     return plan
 
 
 def read_method(item: Any) -> tuple[str | None, dict[str, Any]]:
-    """One entry of `methods`: a class name, {Name: {arguments}}, or {class_path, init_args}, with an optional title."""
+    """One entry of `methods`: a class name, {Name: {arguments}}, or {class_path, init_args}; a title if it has one."""
     if isinstance(item, str):
         return None, {"class_path": item}
     if not isinstance(item, dict):
@@ -150,7 +150,9 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
             raise UserError(f"recipe: unknown key '{name}'; known are model, data, trainer")
     length = (base.get("trainer") or {}).get("max_epochs", 10)
 
-    def job(verb: str, title: str, cost: float, full: Mapping[str, Any], needs: Sequence[str] = (), **seeds: int) -> str:
+    def job(
+        verb: str, title: str, cost: float, full: Mapping[str, Any], needs: Sequence[str] = (), **seeds: int
+    ) -> str:  # fmt: skip
         config = {**full, **seeds}
         name = key(recipe(config) if verb == "unlearn" else recipe(config, "method"))
         if name not in known:
@@ -210,11 +212,15 @@ def write_job(store: Store, name: str, config: dict[str, Any]) -> Path:
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
-        raise UserError(f"cannot write in the store {store.root}: {error.strerror}; choose another with --store") from None
+        raise UserError(
+            f"cannot write in the store {store.root}: {error.strerror}; choose another with --store"
+        ) from None
     return file
 
 
-def gather(plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, resolve: Resolver) -> list[dict[str, Any]]:
+def gather(
+    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, resolve: Resolver
+) -> list[dict[str, Any]]:  # fmt: skip
     """The stored outputs of every model, turned into the report's numbers, rule by rule."""
     state = {o.job.key: o for o in outcomes}
     rules = []
@@ -235,8 +241,10 @@ def gather(plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, 
         for j, row in enumerate(sheet.rows):
             keys = sheet.unlearned[i, j]
             failed = [state[k] for k in keys.values() if k in state and state[k].state in ("failed", "skipped")]
-            entry = {"name": row.name, "title": row.title, "config": row.config, "subjects": subjects(keys),
-                     "needs": needs(row.config["class_path"])}  # fmt: skip
+            entry: dict[str, Any] = {
+                "name": row.name, "title": row.title, "config": row.config, "subjects": subjects(keys),
+                "needs": needs(row.config["class_path"]),
+            }  # fmt: skip
             if failed:
                 diverged = "diverged" in failed[0].error or "the loss is" in failed[0].error
                 entry |= {"status": "diverged" if diverged else "failed", "error": failed[0].error,
@@ -250,7 +258,9 @@ def gather(plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, 
         rule = runs.compare(facts, originals, retrained, methods)
         missing = len(plan.retrain_seeds) - len(retrained)
         if missing:
-            rule["warnings"].append(f"{missing} of {len(plan.retrain_seeds)} retrainings are missing; gaps use the others")
+            rule["warnings"].append(
+                f"{missing} of {len(plan.retrain_seeds)} retrainings are missing; the gaps use the others"
+            )
         rules.append(rule)
     return rules
 
@@ -312,7 +322,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", metavar="A,B", help="only these methods; a dotted path brings in your own class")
     parser.add_argument("--root", metavar="DIR", help="where the data are, in place of the file's data.root")
     parser.add_argument("--store", default="artifacts", help="folder of the stored models (default: artifacts)")
-    parser.add_argument("--workers", type=int, help="jobs that run at once (default: one per core, at most 8; or per GPU)")
+    parser.add_argument("--workers", type=int, help="jobs that run at once (default: one per GPU, or else per core)")
     parser.add_argument("--executor", default="local", choices=["local", "slurm"], help="where the jobs run")
     parser.add_argument("--page", metavar="FILE", help="where the HTML page goes (default: in the store)")
     parser.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and stop")

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from . import datamodules, methods, runs  # noqa: F401 - the zoo becomes nameable by being imported
+from . import datamodules, methods, runs
 from .data import ForgetDataModule
 from .errors import UserError
 from .learner import Learner
@@ -32,7 +32,7 @@ def one_line(message: str, parser: Any) -> str:
     """The heart of a parser's message, with the nearest known name where a name is unknown."""
     text = " ".join(str(message).split())
     unknown = re.search(
-        r"(?:Unrecognized arguments?|unrecognized arguments?|Option|Key|key|No action for key|Group|does not accept nested key) *:? *"
+        r"(?:[Uu]nrecognized arguments?|Option|[Kk]ey|No action for key|Group|does not accept nested key) *:? *"
         r"['\"]?-{0,2}([\w.]+)['\"]?",
         text,
     )
@@ -72,7 +72,7 @@ def parameters(cls: type, inspect: Any) -> set[str]:
     """Constructor arguments of a class and of its parents."""
     return {
         p for c in cls.__mro__ if "__init__" in vars(c) and c.__module__.startswith("vislearn")
-        for p in inspect.signature(c.__init__).parameters
+        for p in inspect.signature(vars(c)["__init__"]).parameters
     } - {"self", "kwargs"}  # fmt: skip
 
 
@@ -128,6 +128,7 @@ class CLI(LightningCLI):
     @property
     def plain_config(self) -> dict[str, Any]:
         """The resolved configuration of this verb as plain data, complete with defaults."""
+        assert self.subcommand is not None
         parser = self._subcommand_parsers[self.subcommand]
         text = parser.dump(self.config[self.subcommand], skip_none=False, skip_check=True)
         out = yaml.safe_load(text)
@@ -141,14 +142,16 @@ class CLI(LightningCLI):
 
     def fit(self, model: Learner, datamodule: ForgetDataModule) -> None:
         """Train and store; takes the place of the Trainer's method of that name."""
+        assert isinstance(self.trainer, Trainer)
         runs.fit(model, datamodule, self.trainer, self.plain_config, self.artifact_store)
 
     def unlearn(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
         """Unlearn, evaluate and store; prints the numbers."""
+        assert isinstance(self.trainer, Trainer)
         store = self.artifact_store
         options["fit_command"] = fit_command(self.argv)
         made = runs.unlearn(model, datamodule, trainer=self.trainer, config=self.plain_config, store=store, **options)
-        show(store[made].report["comparison"])
+        show((store[made].report or {})["comparison"])
 
     def evaluate(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
         """Audit checkpoints; prints the numbers and writes the page."""
@@ -205,7 +208,8 @@ def quiet() -> None:
     """Lightning's remarks about things that are meant here stay out of the way."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*in eval mode.*", ".*`train_dataloader`.*", ".*no `val_dataloader`.*",
+    for text in (".*does not have many workers.*", ".*in eval mode.*", ".*`train_dataloader`.*",
+                 ".*no `val_dataloader`.*",
                  ".*LightningCLI's args parameter.*", ".*GPU available but not used.*", ".*lr_scheduler.step.*",
                  ".*smaller than the logging interval.*", ".*is not a valid.*batch size.*", ".*Trying to infer.*",
                  ".*isinstance.*LeafSpec.*", ".*Checkpoint directory.*", ".*val_dataloader.*"):  # fmt: skip

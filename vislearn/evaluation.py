@@ -35,7 +35,7 @@ class Predictions(NamedTuple):
         """The rows of these ids, in the order given."""
         where = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
         if len(ids) and not torch.equal(self.ids[where], ids):
-            raise UserError("the stored outputs lack rows of this set; evaluate the checkpoint with `vislearn evaluate`")
+            raise UserError("the stored outputs lack rows of this set; audit the checkpoint with `vislearn evaluate`")
         return Predictions(self.outputs[where], self.targets[where], ids)
 
 
@@ -61,14 +61,15 @@ def predict(model: Learner, data: ForgetDataModule, batch_size: int = 500) -> di
 
 def save_outputs(predictions: Mapping[str, Predictions], path: Path) -> None:
     """Write one safetensors file: `<split>/outputs`, `<split>/targets`, `<split>/ids`."""
-    tensors = {f"{split}/{name}": t.contiguous() for split, p in predictions.items() for name, t in p._asdict().items()}
+    tensors = {f"{s}/{name}": t.contiguous() for s, p in predictions.items() for name, t in p._asdict().items()}
     save_file(tensors, path)
 
 
 def load_outputs(path: Path) -> dict[str, Predictions]:
     """Read what `save_outputs` wrote."""
     tensors = load_file(path)
-    return {s: Predictions(*(tensors[f"{s}/{n}"] for n in Predictions._fields)) for s in SPLITS if f"{s}/ids" in tensors}
+    stored = [s for s in SPLITS if f"{s}/ids" in tensors]
+    return {s: Predictions(*(tensors[f"{s}/{n}"] for n in Predictions._fields)) for s in stored}
 
 
 @dataclass
@@ -118,8 +119,8 @@ COLUMNS = (
     Column("test/mae", "Test MAE", "mean absolute error on the test rows", ""),
     Column("forget/loss", "Forget loss", "mean loss on D_f, in nats for a classifier", "nats"),
     Column("time/unlearn", "Unlearn", "seconds of unlearning, without evaluation, storage and imports", "s", "low"),
-    Column("time/prepare", "Prepare", "seconds computed once per original model and shared by later requests", "s", "low"),
-    Column("time/speedup", "Speed-up", "seconds of retraining over seconds of unlearning, on this machine", "x", "high"),
+    Column("time/prepare", "Prepare", "seconds spent once per original model and shared by later requests", "s", "low"),
+    Column("time/speedup", "Speed-up", "seconds of retraining over seconds of unlearning, same machine", "x", "high"),
 )  # fmt: skip
 MEAN_GAP = ("forget/accuracy", "retain/accuracy", "test_retain/accuracy", "forget/mia_entropy")
 
@@ -137,7 +138,8 @@ def membership(subject: Subject, sets: Sets) -> dict[str, Any]:
     """The entropy attack of the SSD paper: fitted on retain against validation rows, asked about the forget set."""
     if not subject.classes or "val" not in subject.predictions:
         return {}
-    attack = entropy_attack(*(subject.on(name, sets).outputs for name in ("retain", "val", "forget")))
+    members, others, asked = (subject.on(name, sets).outputs for name in ("retain", "val", "forget"))
+    attack = entropy_attack(members, others, asked)
     return {"forget/mia_entropy": attack.score} if not np.isnan(attack.score) else {"reason": attack.reason}
 
 
@@ -199,7 +201,7 @@ def floors(retrained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean_gap_keys(available: Mapping[str, Any]) -> list[str]:
-    """UA, RA, TA and MIA, as far as they exist; TA is that of the kept test rows where the rule splits the test set."""
+    """UA, RA, TA and MIA, as far as they exist; TA is that of the kept test rows where a rule splits the test set."""
     keys = [k if k in available or k != "test_retain/accuracy" else "test/accuracy" for k in MEAN_GAP]
     return [k for k in keys if k in available]
 
@@ -219,7 +221,7 @@ def gaps(unlearned: Mapping[str, list[float]], retrained: Mapping[str, list[floa
 
 
 def mean_gap(u: np.ndarray, r: np.ndarray) -> dict[str, Any]:
-    """The average gap of several metrics: u (m, a) and r (m, b) hold m metrics of a unlearned and b retrained models."""
+    """The average gap of m metrics: u (m, a) holds a unlearned models, r (m, b) b retrained ones."""
     distance = np.abs(u[:, :, None] - r[:, None, :]).mean(0)  # (a, b): the average gap of each pair
     each = [gap(row, column) for row, column in zip(u, r, strict=True)]
     out = {**each[0], "mean": float(distance.mean()), "of_means": float(np.mean([g["of_means"] for g in each]))}
@@ -261,8 +263,8 @@ def check_original(original: Subject, sets: Sets) -> list[str]:
         share = torch.bincount(p.targets, minlength=original.classes).max().item() / len(p.targets)
         value = accuracy(*p[:2])
         if value <= share + 2 * (share * (1 - share) / len(p.targets)) ** 0.5:
-            return [f"the original model is no better than chance: {value:.1%} on the test set, where always naming the "
-                    f"largest class gives {share:.1%}; nothing below can be trusted"]  # fmt: skip
+            return [f"the original model is no better than chance: {value:.1%} on the test set, where always naming "
+                    f"the largest class gives {share:.1%}; nothing below can be trusted"]  # fmt: skip
     elif set_metrics(p)["rmse"] >= p.targets.double().std().item():
         return ["the original model is no better than a constant; nothing below can be trusted"]
     return []

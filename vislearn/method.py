@@ -42,7 +42,7 @@ class UnlearningMethod(ABC):
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the method says of its own work: plain numbers and strings; "warnings" holds a list of sentences."""
+        """What the method says of its own work: plain numbers and strings; "warnings" is a list of sentences."""
         return self.__dict__.setdefault("_report", {})
 
     def warn(self, message: str) -> None:
@@ -71,8 +71,8 @@ class UnlearningMethod(ABC):
         if not isinstance(model, self.supports):
             kinds = self.supports if isinstance(self.supports, tuple) else (self.supports,)
             raise UserError(
-                f"{name} works on {' or '.join(k.__name__ for k in kinds)}, and this model is a {type(model).__name__}; "
-                "choose another --method"
+                f"{name} works on {' or '.join(k.__name__ for k in kinds)}, and this model is a "
+                f"{type(model).__name__}; choose another --method"
             )
         if "forget" not in data.indices:
             raise UserError(

@@ -58,7 +58,7 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
         check_head(model, data)
         checkpoint = store.partial(name) / "last.ckpt"
         resume = Resume(checkpoint)
-        trainer.callbacks += [resume, Progress()]
+        trainer.add_callbacks(resume, Progress())
         found = checkpoint.exists()
         if found:
             say(f"resuming the interrupted training in {checkpoint.parent}")
@@ -115,7 +115,7 @@ def unlearn(
         start = time.perf_counter()
         method.prepare(theta_o, data, cache_of(store, source, spent))
         prepared = time.perf_counter()
-        trainer.callbacks += [Progress(type(method).__name__)]
+        trainer.add_callbacks(Progress(type(method).__name__))
         unlearned = method.unlearn(theta_o, data, trainer)
         synchronise(unlearned)
         seconds = time.perf_counter() - prepared
@@ -131,7 +131,8 @@ def unlearn(
         compared = compare(data, [first], others, [{"name": type(method).__name__, "subjects": [subject]}])
         report |= {"comparison": compared}
         with store.writing(name) as folder:
-            write(folder, "unlearn", unlearned, data, config, plan, predictions, {**times, "original": source_name(source)}, report)
+            facts = {**times, "original": source_name(source)}
+            write(folder, "unlearn", unlearned, data, config, plan, predictions, facts, report)
         say(f"stored: {store[name].path}")
     return name
 
@@ -204,8 +205,14 @@ def entry(
     for s in subjects:
         said = ev.flags(s, by_seed.get(s.seed, originals[0]), sets)
         found += [*said, *s.report.get("warnings", [])]
-    counted = {text: found.count(text) for text in dict.fromkeys(found)}
-    row["flags"] = [t if n == len(subjects) else f"{t} ({n} of {len(subjects)} seeds)" for t, n in counted.items()]
+    kinds: dict[str, list[str]] = {}  # one sentence per kind of trouble, with how many seeds it hit
+    for text in found:
+        kinds.setdefault(text.split(":")[0], []).append(text)
+    seeds = len(subjects)
+    row["flags"] = [
+        texts[0] if texts == [texts[0]] * seeds else f"{texts[0]} ({len(texts)} of {seeds} seeds)"
+        for texts in kinds.values()
+    ]
     row |= {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects], "metrics": numbers,
         "gap": ev.gaps(numbers, retrained["metrics"]), "per_class": ev.class_bars(subjects),
@@ -270,7 +277,8 @@ def load_learner(artifact: Artifact) -> Learner:
 
 
 def original_model(
-    model: Learner, data: ForgetDataModule, given: str | Path | Artifact | None, config: dict, store: Store, command: str
+    model: Learner, data: ForgetDataModule, given: str | Path | Artifact | None, config: dict, store: Store,
+    command: str,
 ) -> tuple[Learner, Artifact | Path]:
     """The original model's weights in `model`, from the store by the recipe's key or from what was given."""
     if given is None:
@@ -321,7 +329,10 @@ def check_finite(predictions: Mapping[str, ev.Predictions], what: str, advice: s
     for split, p in predictions.items():
         bad = (~torch.isfinite(p.outputs)).reshape(len(p.outputs), -1).any(1).sum().item()
         if bad:
-            raise UserError(f"{what} diverged: {bad} of {len(p.ids)} outputs on {split} are not finite; nothing was stored; {advice}")
+            raise UserError(
+                f"{what} diverged: {bad} of {len(p.ids)} outputs on {split} are not finite; nothing was stored; "
+                f"{advice}"
+            )
 
 
 # writing

@@ -14,12 +14,15 @@ from .data import ForgetDataModule
 from .learner import Learner
 from .method import UnlearningMethod
 
-
 CHECKPOINT_SECONDS = 30.0  # an interrupted training loses at most this much, and an epoch
 
 
 class Trainer(lightning.Trainer):
     """Lightning's Trainer with the verbs `unlearn` and `evaluate`."""
+
+    def add_callbacks(self, *callbacks: Callback) -> None:
+        """Add callbacks to those that the configuration names."""
+        self.callbacks = [*self.callbacks, *callbacks]  # type: ignore[attr-defined] # Lightning sets it, unannounced
 
     def run_epochs(self, module: LightningModule, data: ForgetDataModule, epochs: int) -> None:
         """Train for exactly `epochs` epochs counted from zero, however often this trainer was used before.
