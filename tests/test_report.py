@@ -21,7 +21,7 @@ from vislearn.errors import UserError
 from vislearn.report import plots, print_table, rows, write_page
 from vislearn.report.figures import forgotten_classes
 from vislearn.report.page import context, lede, render, summary
-from vislearn.report.table import columns, filled, gap_text, number, split_flag
+from vislearn.report.table import columns, filled, gap_text, grouped, number, split_flag
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 
@@ -208,6 +208,15 @@ def test_gap_text_without_an_interval_has_no_brackets() -> None:
 def test_split_flag() -> None:
     assert split_flag("collapsed: all one class: 8") == ("collapsed", "all one class: 8")
     assert split_flag("no name before it") == ("note", "no name before it")
+    assert split_flag("alpha=1 is too small: nothing moved") == ("note", "alpha=1 is too small: nothing moved")
+
+
+def test_flags_of_one_name_stand_together() -> None:
+    flags = ["collapsed: to 10 % (1 of 3 seeds)", "failed: no memory", "collapsed: to 20 % (1 of 3 seeds)"]
+    assert grouped(flags) == [
+        ("collapsed", "to 10 % (1 of 3 seeds); to 20 % (1 of 3 seeds)"),
+        ("failed", "no memory"),
+    ]
 
 
 # the page
@@ -454,11 +463,16 @@ def test_a_flagged_point_far_out_stays_at_the_edge_and_says_where_it_is() -> Non
 
 
 def test_axis_maps_its_ends_and_keeps_small_gaps_apart() -> None:
-    axis = plots.Axis(0.0, 100.0, 400.0, 0.0, root=True)
+    axis = plots.Axis(0.0, 100.0, 400.0, 0.0, power=1 / 3)
     assert (axis(0.0), axis(100.0)) == (400.0, 0.0)
     assert axis(0.0) - axis(1.0) > 50
     assert axis.ticks()[0] == 0.0
     assert plots.round_steps(94.2, 98.1, 4) == [95.0, 96.0, 97.0, 98.0]
+
+
+@pytest.mark.parametrize(("gaps", "power"), [((0.5, 0.8, 1.0, 70.0), 1 / 3), ((80.0, 95.0, 98.0), 1.0), ((), 1.0)])
+def test_the_scale_is_bent_only_where_most_gaps_are_small(gaps: tuple[float, ...], power: float) -> None:
+    assert plots.bend(gaps) == pytest.approx(power)
 
 
 def test_cost_is_logarithmic() -> None:

@@ -49,7 +49,7 @@ def _axis_keys(methods: Sequence[dict[str, Any]], heads: Sequence[dict[str, Any]
 def tradeoff(
     rule: Mapping[str, Any], table: Sequence[dict[str, Any]], heads: Sequence[dict[str, Any]], marks: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """Forget quality against utility: {"wide", "narrow", "flagged"}, or None where no method has both numbers."""
+    """Forget quality against utility: {"wide", "narrow", "flagged", "bent"}, or None where nothing has both."""
     methods = [row for row in table if row["kind"] == "method"]
     x, y = _axis_keys(methods, heads)
     if x is None:
@@ -68,11 +68,13 @@ def tradeoff(
     ends = (float(floor["mean"]), (interval(floor) or (0.0, float(floor["mean"])))[1]) if floor else None
     spread = (min(utility), max(utility)) if utility else None
     everything = [*points, *([original] if original else [])]
+    most = 100.0 if x["unit"] == "%" else math.inf
+    power = plots.bend([p.y for p in points if not p.flagged])
     drawn = {
-        size: plots.tradeoff(everything, spread, ends, names, width, height, 100.0 if x["unit"] == "%" else math.inf)
+        size: plots.tradeoff(everything, spread, ends, names, width, height, most, power)
         for size, width, height in (("wide", LEFT, 470), ("narrow", NARROW, 400))
     }
-    return {**drawn, "flagged": any(p.flagged for p in points)}
+    return {**drawn, "flagged": any(p.flagged for p in points), "bent": power < 1}
 
 
 def _bracket(unit: str) -> str:

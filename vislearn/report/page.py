@@ -18,17 +18,17 @@ from typing import Any
 
 from ..errors import UserError
 from . import figures, plots
-from .table import DASH, columns, filled, gap_of, gap_text, interval, number, rows, split_flag
+from .table import DASH, columns, filled, gap_of, gap_text, grouped, interval, number, rows
 
 SET_WORDS = {
     "forget": "to forget",
     "retain": "to retain",
     "val": "for validation",
+    "val_forget": "of them like the forgotten",
+    "val_retain": "like the retained",
     "test": "for test",
     "test_forget": "of them like the forgotten",
     "test_retain": "like the retained",
-    "val_forget": "of validation like the forgotten",
-    "val_retain": "like the retained",
 }
 
 
@@ -160,7 +160,7 @@ def _rule(
             "glyph": plots.glyph(index if index is not None else -1) if row["kind"] in ("method", "original") else "",
             "settings": _settings(row),
             "strip": plots.strip(cell["mean"], interval(cell["gap"]), shade, top, index) if cell["gap"] else "",
-            "badges": [split_flag(flag) for flag in row["flags"]],
+            "badges": grouped(row["flags"]),
             "gaps": _gap_table(row["source"].get("gap") or {}, heads),
             "commands": _commands(results, row),
         }
@@ -168,7 +168,7 @@ def _rule(
     return {
         "anchor": f"r{at}",
         "title": rule["title"],
-        "sets": [(SET_WORDS.get(name, name), size) for name, size in (rule.get("sets") or {}).items()],
+        "sets": _sizes(rule.get("sets") or {}),
         "sizes": rule.get("sets") or {},
         "config": rule.get("config") or {},
         "heads": shown,
@@ -181,6 +181,12 @@ def _rule(
         "cost": figures.cost(rule, table, marks),
         "per_class": figures.per_class(rule, table, data.get("classes") or ()),
     }
+
+
+def _sizes(sets: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The sizes in words, in the order in which the words make sense."""
+    known = [name for name in SET_WORDS if name in sets]
+    return [(SET_WORDS.get(name, name), sets[name]) for name in [*known, *(n for n in sets if n not in SET_WORDS)]]
 
 
 def _settings(row: Mapping[str, Any]) -> str:

@@ -20,23 +20,22 @@ LETTER = 0.56  # mean width of a letter, in units of the font size; enough to ke
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps a value to a pixel, by a root where `root` (for gaps: zero is on it, small ones stay apart)."""
+    """Maps a value to a pixel; a power below one keeps small values apart, and zero on the axis."""
 
     low: float
     high: float
     start: float
     end: float
-    root: bool = False
+    power: float = 1.0
 
     def __call__(self, value: float) -> float:
         value = min(self.high, max(self.low, value))
         share = (value - self.low) / (self.high - self.low)
-        power = 1 / 3 if self.high > 20 else 1 / 2
-        return self.start + (self.end - self.start) * (share**power if self.root else share)
+        return self.start + (self.end - self.start) * share**self.power
 
     def ticks(self, apart: float = 34.0) -> list[float]:
         """Round values on the axis, at least `apart` pixels from each other."""
-        if not self.root:
+        if self.power == 1:
             count = max(2, int(abs(self.end - self.start) / (1.6 * apart)))
             return round_steps(self.low, self.high, count)
         kept: list[float] = []
@@ -63,6 +62,15 @@ class Point:
     y_ends: tuple[float, float] | None = None
     flagged: bool = False
     title: str = ""
+
+
+def bend(gaps: Sequence[float]) -> float:
+    """The power of a gap axis, from 1/3 to 1, that brings the middle one of these gaps near half the height."""
+    high = max(gaps, default=0.0)
+    middle = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
+    if high == 0 or middle >= 0.4 * high:
+        return 1.0
+    return max(1 / 3, math.log(0.5) / math.log(middle / high)) if middle > 0 else 1 / 3
 
 
 def round_steps(low: float, high: float, count: int) -> list[float]:
@@ -153,6 +161,7 @@ def tradeoff(
     width: float,
     height: float,
     most: float = math.inf,
+    power: float = 1.0,
 ) -> str:
     """Forget quality against utility.
 
@@ -164,6 +173,7 @@ def tradeoff(
         width: of the drawing, in pixels.
         height: of the drawing, in pixels.
         most: the largest value that x can take.
+        power: of the scale of y, see `bend`.
     """
     left, right, top, bottom = 46.0, width - 14.0, 46.0, height - 46.0
     sound = [p for p in points if not p.flagged] or list(points)
@@ -171,7 +181,7 @@ def tradeoff(
     pad = max(0.07 * (max(edges) - min(edges)), 0.4 if max(edges) > 2 else 1e-3)
     x = Axis(min(edges) - pad, min(max(edges) + pad, most + pad / 3), left, right)
     tops = [v for p in sound for v in (p.y, *(p.y_ends or ()))] + list(floor or ())
-    y = Axis(0.0, max(*tops, 1e-6) * 1.12, bottom, top, root=True)
+    y = Axis(0.0, max(*tops, 1e-6) * 1.12, bottom, top, power)
     parts = [text(left - 38, 14, names[1], kind="axis"), text(right, height - 8, names[0], "end", "axis")]
     across = [value for value in x.ticks() if value <= most]
     places = max((len(f"{value:g}".partition(".")[2]) for value in across), default=0)
@@ -296,7 +306,7 @@ def _outside(a: tuple[float, ...], frame: tuple[float, ...]) -> float:
 
 def strip(mean: float, ends: tuple[float, float] | None, floor: float | None, top: float, index: int | None) -> str:
     """A mean gap and its interval on the scale that all rows of a table share; the floor is shaded."""
-    x = Axis(0.0, max(top, 1e-6), 5.0, 91.0, root=True)
+    x = Axis(0.0, max(top, 1e-6), 5.0, 91.0, power=1 / 3)
     parts = [box(x(0), 1, x(floor) - x(0), 12, "floor")] if floor is not None else []
     parts.append(line(x(0), 1, x(0), 13, "base"))
     if ends:

@@ -166,7 +166,7 @@ def _label(methods: Sequence[dict[str, Any]]) -> None:
 def _settings(config: Any) -> dict[str, str]:
     config = config if isinstance(config, Mapping) else {}
     arguments = config.get("init_args") or {}
-    return {str(key): str(value) for key, value in arguments.items()}
+    return {str(k): f"{v:g}" if isinstance(v, float) else str(v) for k, v in arguments.items()}
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, bool, float]:
@@ -179,7 +179,7 @@ def _row(
 ) -> dict[str, Any]:
     status = source.get("status", "done")
     error = source.get("error") or ""
-    notes = _own_warnings(source.get("report"))
+    notes = list(dict.fromkeys([*_listed(source.get("notes")), *_own_warnings(source.get("report"))]))
     flags = [str(flag) for flag in source.get("flags") or []]
     # what a method says of itself is a note; it does not make its numbers meaningless
     said = [flag for flag in flags if any(flag == note or flag.startswith(f"{note} (") for note in notes)]
@@ -324,9 +324,17 @@ def _score(cell: dict[str, Any], by_gap: bool) -> float | None:
     return cell["mean"]
 
 
+def grouped(flags: Sequence[str]) -> list[tuple[str, str]]:
+    """Flags as (short name, sentences): what seeds report under one name, with other numbers, stands together."""
+    found: dict[str, list[str]] = {}
+    for name, sentence in map(split_flag, flags):
+        found.setdefault(name, []).append(sentence)
+    return [(name, "; ".join(filter(None, sentences))) for name, sentences in found.items()]
+
+
 def split_flag(flag: str) -> tuple[str, str]:
     """A flag's short name and its sentence: "collapsed: all one class" gives ("collapsed", "all one class")."""
     name, colon, sentence = flag.partition(":")
-    if not colon or len(name) > 48:
+    if not colon or len(name) > 48 or "=" in name:
         return "note", flag
     return name.strip(), sentence.strip()

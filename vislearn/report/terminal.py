@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .table import DASH, columns, filled, rows
+from .table import DASH, columns, filled, grouped, rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,9 +39,8 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def _print_rule(rule: Mapping[str, Any], table: Sequence[dict[str, Any]], heads: list[dict], console: Console) -> None:
-    sizes = ", ".join(
-        f"{size} {name}" for name, size in (rule.get("sets") or {}).items() if name in ("forget", "retain")
-    )
+    sets = rule.get("sets") or {}
+    sizes = ", ".join(f"{sets[name]} {name}" for name in ("forget", "retain") if name in sets)
     _say(console, f"\nto forget: {rule['title']}" + (f"  ({sizes} rows)" if sizes else ""), "bold")
     shown, detail = fitting(table, heads, console.width)
     console.print(_table(table, shown, detail, _ascii(console)))
@@ -56,8 +55,9 @@ def _print_rule(rule: Mapping[str, Any], table: Sequence[dict[str, Any]], heads:
     _say(console, f"{lines[detail]}; * best without a flag", "dim")
     _say(console, "floor: the gap of retrained against retrained; = a mean gap within it", "dim")
     for row in table:
-        for sentence in row["flags"]:
-            _say(console, f"! {row['label']}: {sentence}", "yellow")
+        for name, sentence in grouped(row["flags"]):
+            words = sentence if name == "note" else f"{name}: {sentence}".removesuffix(": ")
+            _say(console, f"! {row['label']}: {words}", "yellow")
         for sentence in row["notes"]:
             _say(console, f"- {row['label']} says: {sentence}")
     floor_note = [rule["floor_note"]] if not rule.get("floor") and rule.get("floor_note") else []
