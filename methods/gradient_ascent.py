@@ -32,7 +32,7 @@ class GradientAscent(GradientMethod):
         super().__init__(epochs=epochs, lr=lr, **kwargs)
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
-        return data.loader("forget", batch_size=self.batch_size)
+        return data.loader("forget", batch_size=self.forget_batch_size)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x_f, y_f = batch

@@ -40,7 +40,7 @@ class RandomLabels(GradientMethod):
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
         return OneAfterTheOther(
-            forget=data.loader("forget", batch_size=self.batch_size),
+            forget=data.loader("forget", batch_size=self.forget_batch_size),
             retain=data.loader("retain", batch_size=self.batch_size),
         )
 

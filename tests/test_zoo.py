@@ -204,6 +204,6 @@ def test_arguments_survive_the_command_line_and_yaml(cls: type[UnlearningMethod]
 
     parser = resolving_parser()
     first = parser.parse_object({"method": {"class_path": cls.__name__}, "data": "Digits"})
-    again = parser.parse_string(parser.dump(first, skip_none=False))
+    again = parser.parse_string(parser.dump(first, skip_unset=False))
     assert again.method == first.method
-    assert type(parser.instantiate_classes(again).method) is cls
+    assert type(parser.instantiate(again).method) is cls

@@ -121,11 +121,11 @@ class Resolver:
 
     def __call__(self, **config: Any) -> dict[str, Any]:
         parsed = self.parser.parse_object({k: v for k, v in config.items() if v is not None})
-        return yaml.safe_load(self.parser.dump(parsed, skip_none=False, skip_check=True))
+        return yaml.safe_load(self.parser.dump(parsed, skip_unset=False, skip_validation=True))
 
     def data(self, config: Mapping[str, Any]) -> ForgetDataModule:
         """The data module of a resolved configuration."""
-        init = self.parser.instantiate_classes(self.parser.parse_object({"data": config["data"]}))
+        init = self.parser.instantiate(self.parser.parse_object({"data": config["data"]}))
         return init.data
 
 

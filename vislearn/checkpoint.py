@@ -52,7 +52,7 @@ def load_weights(path: Path, learner: Learner) -> None:
     missing = [k for k in target if k not in weights and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in weights if k not in target and not k.endswith("num_batches_tracked")]
     if wrong or missing or unexpected:
-        refuse(path, content, weights, learner, wrong, missing, unexpected)
+        refuse(path, advice(content, found, learner, wrong), weights, learner, wrong, missing, unexpected)
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path} holds values that are not finite ({name}): a training that diverged, or a damaged "
@@ -173,7 +173,7 @@ def match(weights: Weights, target: Mapping[str, Tensor]) -> Weights:
 
 def refuse(
     path: Path,
-    content: Any,
+    hint: str,
     weights: Weights,
     learner: Learner,
     wrong: list[str],
@@ -196,15 +196,14 @@ def refuse(
         faults.append(f"{len(unexpected)} unexpected keys ({some(unexpected)})")
     if wrong:
         first = [f"{k} {tuple(weights[k].shape)} instead of {tuple(target[k].shape)}" for k in wrong]
-        faults.append(f"{len(wrong)} tensors of another shape ({some(first)})")
+        faults.append(f"{len(wrong)} tensors of another shape ({some(first, 2)})")
     arch = getattr(learner, "arch", type(learner).__name__)
-    hint = advice(content, weights, learner, wrong)
-    raise UserError(f"{path} does not fit {arch}: {', '.join(faults)}; {hint}")
+    raise UserError(f"{path} does not fit {arch}; {hint}; there are {', '.join(faults)}")
 
 
-def some(names: list[str]) -> str:
-    """The first five, and dots for the rest."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def some(names: list[str], count: int = 5) -> str:
+    """The first few, and dots for the rest."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def head_names(learner: Learner) -> set[str]:

@@ -130,7 +130,7 @@ class CLI(LightningCLI):
         """The resolved configuration of this verb as plain data, complete with defaults."""
         assert self.subcommand is not None
         parser = self._subcommand_parsers[self.subcommand]
-        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_check=True)
+        text = parser.dump(self.config[self.subcommand], skip_unset=False, skip_validation=True)
         out = yaml.safe_load(text)
         for extra in ("config", "store", "original", "retrained", "unlearned"):
             out.pop(extra, None)
@@ -231,12 +231,26 @@ def benchmark(argv: list[str]) -> int:
     return guarded(lambda: run(argv))
 
 
+def user_error(error: BaseException | None) -> UserError | None:
+    """The user's error behind an exception: the parser wraps those of a constructor in its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def guarded(action: Any) -> Any:
     """Turn a user's error into one line and exit code 2, an interruption into 130."""
     try:
         return action()
-    except UserError as error:
-        print(f"vislearn: error: {error}", file=sys.stderr)
+    except (UserError, ValueError) as error:
+        said = user_error(error)
+        if said is None:
+            raise
+        print(f"vislearn: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("vislearn: interrupted; the same command goes on from here", file=sys.stderr)

@@ -1,1 +1,1 @@
-from datamodules import *  # noqa: F403 - for editors: they cannot see that vislearn.datamodules is this folder
+from datamodules import *

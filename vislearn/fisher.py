@@ -113,6 +113,92 @@ def diagonal_fisher(
     return _mean(sums, count)
 
 
+def diagonal_fisher_by_class(
+    model: nn.Module,
+    loader: Iterable[Any],
+    power: Literal[1, 2] = 2,
+    loss: str | SampleLoss = "cross_entropy",
+    batch_size: int = 64,
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """The ``batch`` importances of all rows and, in the same pass, those of every class on its own.
+
+    A batch of the pass over all rows may straddle two classes, and a batch of a class may straddle two such batches.
+    Both gradients are sums over the same rows, so each row is visited once, in pieces that end wherever a batch of
+    either kind ends.
+
+    Args:
+        model: see `diagonal_fisher`.
+        loader: batches (x, y) of `batch_size` rows, y grouped by class.
+        power: see `diagonal_fisher`.
+        loss: see `diagonal_fisher`.
+        batch_size: rows per batch, of all rows and of a class.
+
+    Returns:
+        The importances that `diagonal_fisher` gives for the loader, and class -> those for the rows of the class in
+        batches of their own; equal up to rounding.
+    """
+    row_loss = LOSSES[loss] if isinstance(loss, str) else loss
+    parameters = dict(model.named_parameters())
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    whole, each = _Batched(parameters, power), {}
+    current, rows_of_class = None, 0
+    with evaluation_mode(model), torch.enable_grad():
+        for number, (x, y) in enumerate(loader):
+            x, y = x.to(device), y.to(device)
+            start = 0
+            while start < len(y):
+                label = int(y[start])
+                if label != current:
+                    if label in each:
+                        raise ValueError("the rows of a class have to be read one after the other")
+                    if current is not None:
+                        each[current].close()
+                    current, rows_of_class = label, 0
+                    each[label] = _Batched(parameters, power)
+                others = (y[start:] != label).nonzero()
+                same = int(others[0]) if len(others) else len(y) - start
+                stop = start + min(same, batch_size - rows_of_class % batch_size)
+                value = row_loss(model(x[start:stop]), y[start:stop]).sum()
+                gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
+                found = {n: g for n, g in zip(trainable, gradients, strict=True) if g is not None}
+                whole.add(found, stop - start)
+                each[label].add(found, stop - start)
+                _check_finite(value.detach(), {n: g.detach() for n, g in found.items()}, number)
+                rows_of_class += stop - start
+                if rows_of_class % batch_size == 0:
+                    each[label].close()
+                start = stop
+            whole.close()
+        if current is not None:
+            each[current].close()
+    if not whole.count:
+        raise UserError("there is no row to take importances from: the loader is empty")
+    return _mean(whole.sums, whole.count), {label: _mean(b.sums, b.count) for label, b in each.items()}
+
+
+class _Batched:
+    """Sums over batches of |gradient of the batch mean|^power, from gradients of sums over pieces of a batch."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], power: int) -> None:
+        self.sums, self.power, self.count = per_sample.zeros(parameters), power, 0
+        self.open: dict[str, Tensor] = {}
+        self.rows = 0
+
+    def add(self, gradients: Mapping[str, Tensor], rows: int) -> None:
+        for name, gradient in gradients.items():
+            self.open[name] = self.open[name] + gradient if name in self.open else gradient
+        self.rows += rows
+
+    def close(self) -> None:
+        """End a batch; nothing happens between two batches."""
+        if not self.rows:
+            return
+        for name, gradient in self.open.items():
+            self.sums[name] += per_sample.raise_to(gradient / self.rows, self.power, self.sums[name].dtype)
+        self.open, self.rows, self.count = {}, 0, self.count + 1
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode within the block; every module gets its own flag back afterwards."""

@@ -82,6 +82,7 @@ class Learner(LightningModule, ABC):
     """
 
     is_classifier: ClassVar[bool] = True
+    last_loss: Tensor | None = None  # of the step before, as long as an epoch lasts
 
     def __init__(
         self,
@@ -138,8 +139,8 @@ class Learner(LightningModule, ABC):
         """Stop a training that has diverged."""
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); nothing was stored;"
-                f" try a smaller --model.lr than {self.lr:g}"
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); nothing was "
+                f"stored; try a smaller --model.lr than {self.lr:g}"
             )
 
     def on_train_epoch_start(self) -> None:
@@ -148,7 +149,9 @@ class Learner(LightningModule, ABC):
             loader.set_epoch(self.current_epoch)
 
     def on_train_epoch_end(self) -> None:
-        self.check_finite(self.last_loss)
+        if self.last_loss is not None:
+            self.check_finite(self.last_loss)
+        self.last_loss = None
 
     def train_stream(self, data: "ForgetDataModule") -> Iterable[Any]:
         """What an epoch of `fit` reads: the retain set, which is the training set where nothing is to be forgotten."""
@@ -313,7 +316,7 @@ class Classifier(NetworkLearner):
         super().fill(data)
 
     def loss(self, outputs: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
-        return F.cross_entropy(outputs.float(), y, reduction=reduction, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(full(outputs), y, reduction=reduction, label_smoothing=self.label_smoothing)
 
 
 class Regressor(NetworkLearner):
@@ -347,10 +350,18 @@ class Regressor(NetworkLearner):
         return out.squeeze(1) if self.num_outputs == 1 else out
 
     def loss(self, outputs: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
-        return LOSSES[self.loss_name](outputs.float(), y.float(), reduction=reduction)
+        outputs = full(outputs)
+        losses = LOSSES[self.loss_name](outputs, y.to(outputs.dtype).view_as(outputs), reduction="none")
+        losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses  # (b,): the mean over several outputs
+        return {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction]()
 
 
 LOSSES: dict[str, Any] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+
+
+def full(outputs: Tensor) -> Tensor:
+    """At least float32: mixed precision gives outputs in which a loss would round."""
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def check(right: bool, message: str) -> None:

@@ -92,7 +92,8 @@ class GradientMethod(UnlearningMethod, LightningModule):
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD, on every parameter.
-        batch_size: rows per batch and set; by default the data module's.
+        batch_size: rows per batch; by default the data module's.
+        forget_batch_size: rows per batch of the forget set, where it has batches of its own; by default `batch_size`.
         train_mode: False keeps dropout off and batch-norm statistics fixed while unlearning.
     """
 
@@ -106,6 +107,7 @@ class GradientMethod(UnlearningMethod, LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         batch_size: int | None = None,
+        forget_batch_size: int | None = None,
         train_mode: bool = True,
     ) -> None:
         super().__init__()
@@ -114,7 +116,8 @@ class GradientMethod(UnlearningMethod, LightningModule):
         if lr <= 0:
             raise UserError(f"lr must be above 0, not {lr} (--method.lr)")
         self.epochs, self.lr, self.momentum, self.weight_decay = epochs, lr, momentum, weight_decay
-        self.batch_size, self.train_mode = batch_size, train_mode
+        self.batch_size, self.forget_batch_size = batch_size, forget_batch_size or batch_size
+        self.train_mode = train_mode
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -132,7 +135,8 @@ class GradientMethod(UnlearningMethod, LightningModule):
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
         """One pass over the retain set; the forget batches cycle beside it."""
         return zip_loaders(
-            forget=data.loader("forget", batch_size=self.batch_size),
+            over="retain",
+            forget=data.loader("forget", batch_size=self.forget_batch_size),
             retain=data.loader("retain", batch_size=self.batch_size),
         )
 

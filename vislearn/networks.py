@@ -320,8 +320,8 @@ def build(
     """
     if min(num_outputs, in_channels, image_size) < 1:
         raise UserError(
-            f"a network needs at least one output, channel and pixel, not {num_outputs}, {in_channels} and {image_size};"
-            " see --model.num_classes, --model.in_channels and --model.image_size"
+            f"a network needs at least one output, channel and pixel, not {num_outputs}, {in_channels} and "
+            f"{image_size}; see --model.num_classes, --model.in_channels and --model.image_size"
         )
     if norm not in get_args(Norm):
         raise UserError(f"unknown norm '{norm}' (--model.norm); choose one of {', '.join(get_args(Norm))}")
@@ -353,9 +353,12 @@ def from_timm(arch: str, num_outputs: int, in_channels: int, image_size: int, pr
     settings: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_outputs, "in_chans": in_channels}
     try:
         try:
-            return Timm(timm.create_model(arch, img_size=image_size, **settings))
+            body = timm.create_model(arch, img_size=image_size, **settings)
         except TypeError:  # purely convolutional backbones take images of any size and no such argument
-            return Timm(timm.create_model(arch, **settings))
+            body = timm.create_model(arch, **settings)
+        with torch.no_grad():  # too small an image is found out here, not in the middle of a training
+            body.eval()(torch.zeros(1, in_channels, image_size, image_size))
+        return Timm(body.train())
     except Exception as error:  # each library below timm has errors of its own, for want of a network above all
         reason = " ".join(str(error).split())[:200]
         if pretrained:
@@ -364,6 +367,6 @@ def from_timm(arch: str, num_outputs: int, in_channels: int, image_size: int, pr
                 "a network so that they are kept in the Hugging Face cache"
             ) from error
         raise UserError(
-            f"timm cannot build {arch} for {in_channels}x{image_size}x{image_size} images ({reason}); choose another "
+            f"{arch} cannot be built for {in_channels}x{image_size}x{image_size} images ({reason}); choose another "
             "--model.arch or --model.image_size"
         ) from error

@@ -41,6 +41,7 @@ def adder(
     """
     plain = row_by_row(model, trainable, power, loss)
     probe_x, probe_y = x[:2], y[:2]
+    exact = x.device.type == "cpu" and all(p.dtype in (torch.float32, torch.float64) for p in trainable.values())
     expected = _sums(plain, trainable, probe_x, probe_y)
     per_row = max(1, min(ROWS, BUDGET // sum(p.numel() for p in trainable.values())))
     ways: list[tuple[str, Adder, int]] = []
@@ -53,7 +54,7 @@ def adder(
         except (RuntimeError, ValueError, LayerError) as error:  # what unfit models make vmap and formulas raise
             log.info("per-row gradients: not %s (%s)", name, error)
             continue
-        if all(_close(found[key], expected[key]) for key in expected):
+        if all(_close(found[key], expected[key], exact) for key in expected):
             return in_pieces(way, limit)
         log.info("per-row gradients: not %s (it differs from one backward pass per row)", name)
     return plain
@@ -244,7 +245,7 @@ def _sums(add: Adder, trainable: Mapping[str, Tensor], x: Tensor, y: Tensor) -> 
     return sums
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding, which is relative to the largest entry of the tensor."""
-    scale = expected.abs().max()
-    return bool(torch.isclose(found, expected, rtol=1e-2, atol=float(1e-4 * scale)).all())
+def _close(found: Tensor, expected: Tensor, exact: bool) -> bool:
+    """Equal up to rounding, which is relative to the largest entry of the tensor; wide for TF32 and half precision."""
+    rtol, atol = (1e-3, 1e-5) if exact else (5e-2, 5e-2)
+    return bool(torch.isclose(found, expected, rtol=rtol, atol=atol * float(expected.abs().max())).all())

@@ -202,23 +202,26 @@ def entry(
         numbers["time/prepare"] = prepare
     by_seed = {s.seed: s for s in originals}
     found: list[str] = []
+    notes: list[str] = []  # what the method says of itself; a flag makes its numbers suspect
     for s in subjects:
         said = ev.flags(s, by_seed.get(s.seed, originals[0]), sets)
-        found += [*said, *s.report.get("warnings", [])]
-    kinds: dict[str, list[str]] = {}  # one sentence per kind of trouble, with how many seeds it hit
-    for text in found:
-        kinds.setdefault(text.split(":")[0], []).append(text)
-    seeds = len(subjects)
-    row["flags"] = [
-        texts[0] if texts == [texts[0]] * seeds else f"{texts[0]} ({len(texts)} of {seeds} seeds)"
-        for texts in kinds.values()
-    ]
+        found += said
+        notes += s.report.get("warnings", [])
+    row["flags"], row["notes"] = (one_per_kind(texts, len(subjects)) for texts in (found, notes))
     row |= {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects], "metrics": numbers,
         "gap": ev.gaps(numbers, retrained["metrics"]), "per_class": ev.class_bars(subjects),
         "report": subjects[0].report if subjects else {},
     }  # fmt: skip
     return row
+
+
+def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:
+    """One sentence per kind of trouble, with how many seeds it hit."""
+    kinds: dict[str, list[str]] = {}
+    for text in texts:
+        kinds.setdefault(text.split(":")[0].split("=")[0], []).append(text)
+    return [t[0] if t == [t[0]] * seeds else f"{t[0]} ({len(t)} of {seeds} seeds)" for t in kinds.values()]
 
 
 def rule_facts(data: ForgetDataModule) -> dict[str, Any]:

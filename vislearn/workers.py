@@ -366,7 +366,9 @@ def main(descriptor: int, parent: int, threads: int, target: str) -> None:
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to tidy up before the first task: end at once
     function = _import(target)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
 
@@ -386,14 +388,11 @@ def main(descriptor: int, parent: int, threads: int, target: str) -> None:
         progress.set_hook(forward)
         try:
             error, seconds = execute(function, task)
-        except KeyboardInterrupt:
-            return
-        progress.set_hook(None)
-        gc.collect()
-        try:
+            progress.set_hook(None)
             send(Event(task.number, "ended", error=error, seconds=seconds))
-        except OSError:
-            return  # the parent is gone; what was made is in the store
+        except (KeyboardInterrupt, OSError):
+            os._exit(1)  # stopped by the parent, which has closed the connection: waits for no library's farewell
+        gc.collect()
 
 
 def _import(target: str) -> Callable[[list[str]], Any]:
