@@ -82,7 +82,7 @@ def read(path: Path) -> Any:
         with torch.serialization.safe_globals(harmless()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asked = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if asked:
             raise UserError(
                 f"{path} would run code when loaded (it asks for {asked[1]}), and was not loaded; where you trust its "
@@ -215,7 +215,7 @@ def head_names(learner: Learner) -> set[str]:
 
 def advice(content: Any, weights: Weights, learner: Learner, wrong: list[str]) -> str:
     """Which --model settings would take these weights, as far as can be told."""
-    fitting = settings_that_fit(weights)
+    fitting = settings_that_fit(weights, getattr(learner, "image_size", None) or 32)
     differ = {k: v for k, v in fitting.items() if getattr(learner, k, None) != v}
     if differ:
         names = {"outputs": f"num_{'classes' if learner.is_classifier else 'outputs'}"}
@@ -239,15 +239,21 @@ def named_architecture(content: Any) -> str | None:
     return None
 
 
-def settings_that_fit(weights: Weights) -> dict[str, Any]:
-    """The settings of a network of ours that has just these names and shapes; empty when there is none."""
+def settings_that_fit(weights: Weights, image_size: int) -> dict[str, Any]:
+    """The settings of a network of ours that has just these names and shapes; empty when there is none.
+
+    Args:
+        weights: the weights.
+        image_size: what the learner takes; another one is named only where these weights need it.
+    """
     for arch in OWN:
         # the transformer's patches depend on the image size; the perceptron sees pixels times channels as one number
-        for size in {"mlp": (1,), "vit_tiny_cifar": (8, 32)}.get(arch, (32,)):
+        sizes = {"mlp": (1,), "vit_tiny_cifar": (8, 32) if image_size < 16 else (32, 8)}.get(arch, (image_size,))
+        for i, size in enumerate(sizes):
             for norm in get_args(Norm) if arch in NORMED else ("batch",):
-                sizes = fit(weights, arch, norm, size)
-                if sizes:
-                    return {"arch": arch, "norm": norm} | sizes
+                found = fit(weights, arch, norm, size)
+                if found:
+                    return {"arch": arch, "norm": norm} | ({"image_size": size} if i else {}) | found
     return {}
 
 
