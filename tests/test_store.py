@@ -598,10 +598,13 @@ def test_gc(filled, capsys):
     store, keys = filled
     (store.root / f".tmp-{'9' * 12}-{os.uname().nodename}-999999999").mkdir()
     store.partial("8" * 12).mkdir(parents=True)
+    with store.lock("7" * 12):
+        pass
     assert run(store, "gc") == 0
     out = capsys.readouterr().out
     assert "half-written" in out
     assert "interrupted training" in out
+    assert "1 that nobody holds" in out
     assert f"vislearn store gc --store={store.root} --yes" in out
     assert len(list(store.root.glob(".tmp-*"))) == 1
     assert run(store, "gc", "--older-than", "1") == 0
@@ -609,6 +612,7 @@ def test_gc(filled, capsys):
     assert run(store, "gc", "--yes") == 0
     assert list(store.root.glob(".tmp-*")) == []
     assert not store.partial("8" * 12).exists()
+    assert list((store.root / ".locks").iterdir()) == []
     assert len(store.keys()) == 4
     assert run(store, "gc", keys["ten"], "--yes") == 0
     assert sorted(store.keys()) == sorted(keys[n] for n in ("original", "retrained", "five"))

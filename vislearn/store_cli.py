@@ -107,7 +107,13 @@ def gc(store: Store, options: argparse.Namespace) -> int:
         print(f"nothing to remove in {store.root}")
         return 0
     sizes = [_size(leftover.path) for leftover in doomed]
-    rows = [(str(item.path), _bytes(size), item.why) for item, size in zip(doomed, sizes, strict=True)]
+    locks = sum(item.path.suffix == ".lock" for item in doomed)
+    rows = [
+        (str(item.path), _bytes(size), item.why)
+        for item, size in zip(doomed, sizes, strict=True)
+        if item.path.suffix != ".lock"
+    ]
+    rows += [(str(store.root / ".locks"), "0 B", f"{locks} that nobody holds")] if locks else []
     print("\n".join(_aligned(rows)))
     if not options.yes:
         print(f"{_bytes(sum(sizes))} would be removed; do it with: vislearn store gc {_again(options)}--yes")
