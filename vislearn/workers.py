@@ -166,7 +166,8 @@ class LocalPool:
     """
 
     def __init__(self, workers: int, logs: Path, target: str = TARGET, devices: Sequence[str] = ()) -> None:
-        self.workers, self.logs, self.target, self.devices = workers, logs, target, list(devices)
+        self.workers, self.target, self.devices = workers, target, list(devices)
+        self.log = logs / f"worker-{os.getpid()}.log"
         self.idle: list[_Worker] = []
         self.busy: list[_Worker] = []
 
@@ -202,12 +203,14 @@ class LocalPool:
         finally:
             for worker in everyone:
                 worker.kill()
+            if self.log.exists() and not self.log.stat().st_size:
+                self.log.unlink()
 
     def _new(self) -> _Worker:
         taken = [worker.device for worker in self.idle + self.busy]
         device = min(self.devices, key=taken.count) if self.devices else None
         threads = max(1, available_cores() // self.workers)
-        return _Worker(self.target, device, threads, self.logs / f"worker-{os.getpid()}.log")
+        return _Worker(self.target, device, threads, self.log)
 
 
 class _Worker:
