@@ -104,6 +104,7 @@ class SSD(UnlearningMethod):
         self._check_rows(rows, rows_f, data)
         importance, importance_f = self._importance, self._importance_f
         self._importance = self._importance_f = None  # of this model: never kept for another one
+        read = len(rows) * (importance is None) + len(rows_f) * (importance_f is None)
         if importance is None:
             importance = self._importances(model, data, rows)  # I_D
         if importance_f is None:
@@ -117,7 +118,7 @@ class SSD(UnlearningMethod):
         self.report.update(
             alpha=alpha, dampening=self.dampening, fisher=self.fisher, importance_of=self.importance_of,
             batch_size=self.batch_size, order=self.order, ceiling=ceiling,
-            rows=len(rows), rows_forget=len(rows_f), rows_train=len(data.indices["train"]),
+            rows=len(rows), rows_forget=len(rows_f), rows_train=len(data.indices["train"]), rows_read=read,
             batches=math.ceil(len(rows) / self.batch_size), batches_forget=math.ceil(len(rows_f) / self.batch_size),
         )  # fmt: skip
         self._advise()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vislearn import per_sample
 from vislearn.errors import UserError
-from vislearn.fisher import LOSSES, cross_entropy, diagonal_fisher
+from vislearn.fisher import LOSSES, cross_entropy, diagonal_fisher, diagonal_fisher_by_class
 from vislearn.networks import build
 
 
@@ -179,6 +179,36 @@ def test_order_matters_for_batch_alone() -> None:
     assert_same(one["sample"], two["sample"])
     assert all(not torch.allclose(one["batch"][n], two["batch"][n], rtol=0.05) for n in one["batch"])
     assert_same(one["sample"], diagonal_fisher(net, [(x, y)], "sample", micro_batch=3))
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 64])
+@pytest.mark.parametrize("power", [1, 2])
+def test_one_pass_gives_the_importances_of_all_rows_and_of_each_class(power: int, batch_size: int) -> None:
+    net, (x, y) = network("convolutions"), rows(50)
+    order = y.argsort(stable=True)
+    x, y = x[order], y[order]
+
+    def batches(which: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(x[which].split(batch_size), y[which].split(batch_size), strict=True))
+
+    whole, each = diagonal_fisher_by_class(net, batches(y >= 0), power, batch_size=batch_size)
+    assert_same(whole, diagonal_fisher(net, batches(y >= 0), "batch", power))
+    assert sorted(each) == y.unique().tolist()
+    for label, found in each.items():
+        assert_same(found, diagonal_fisher(net, batches(y == label), "batch", power))
+    with pytest.raises(ValueError, match="one after the other"):
+        diagonal_fisher_by_class(net, [(x[[0, -1, 0]], y[[0, -1, 0]])])
+
+
+def test_the_pass_by_class_refuses_what_the_plain_one_does() -> None:
+    net, (x, y) = network("convolutions"), rows(4)
+    broken = x.clone()
+    broken[2] = float("nan")
+    for batches, message in (([(x, y * 0 + 9)], "label 9"), ([(x, y * 0), (broken, y * 0)], "batch 1"), ([], "empty")):
+        with pytest.raises(UserError, match=message):
+            diagonal_fisher_by_class(net, batches)
+    with pytest.raises(UserError, match=r"gradient of 1\.weight"):
+        diagonal_fisher_by_class(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), [(x * 1e20, y * 0)])
 
 
 def test_the_same_loader_gives_the_same_numbers() -> None:

@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from . import evaluation as ev
@@ -357,6 +356,9 @@ def main(argv: Sequence[str]) -> int:
     for rule in plan.forget[1:]:
         resolve.data(resolve(**{**plan.recipe, "data": with_rule(plan.recipe["data"], rule)})).setup()
     sheet = lay_out(plan, store, resolve)
+    found = [name for name in sheet.originals.values() if name in store]
+    if found:
+        runs.check_ledger(store[found[0]], data)  # the key leaves out where the data are
     missing = [j for j in sheet.jobs if j.key not in store]
     print(f"{plan.title}: {len(sheet.jobs)} models, {len(missing)} to make, in {store.root}", flush=True)
     if options.dry_run:
@@ -369,7 +371,6 @@ def main(argv: Sequence[str]) -> int:
                 for o in outcomes if o.state in ("failed", "skipped")]  # fmt: skip
     results = results_of(rules, data, first, ["vislearn", "benchmark", *argv], title=plan.title, kind="benchmark",
                          seconds=time.perf_counter() - start, failures=failures)  # fmt: skip
-    results["machine"]["cores"] = torch.get_num_threads()
     publish(results, store, Path(options.page) if options.page else None, plan.title)
     return 1 if failures else 0
 

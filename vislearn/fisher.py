@@ -83,13 +83,7 @@ def diagonal_fisher(
     """
     if estimator not in ("batch", "sample"):
         raise UserError(f"unknown Fisher estimator {estimator!r}; use batch or sample")
-    if isinstance(loss, str) and loss not in LOSSES:
-        raise UserError(f"unknown loss {loss!r} for importances; use {', '.join(LOSSES)} or a function")
-    row_loss = LOSSES[loss] if isinstance(loss, str) else loss
-    parameters = dict(model.named_parameters())  # a tied parameter is listed once
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    if not trainable:
-        raise UserError("every parameter of the model is frozen: there is no gradient to take importances from")
+    row_loss, parameters, trainable = _resolve(model, loss)
     if estimator == "batch":
         _warn_if_random(loader)
     device = next(iter(parameters.values())).device
@@ -105,8 +99,8 @@ def diagonal_fisher(
                 add = per_sample.adder(model, trainable, power, row_loss, x, y, micro_batch)
             elif add is None:
                 add = _batch_adder(model, trainable, power, row_loss)
-            value = add(sums, x, y)
-            _check_finite(value, sums, number)
+            _check_loss(add(sums, x, y), number)
+            _check_sums(sums, number)
             count += len(x) if estimator == "sample" else 1
     if not count:
         raise UserError("there is no row to take importances from: the loader is empty")
@@ -136,40 +130,41 @@ def diagonal_fisher_by_class(
     Returns:
         The importances that `diagonal_fisher` gives for the loader, and class -> those for the rows of the class in
         batches of their own; equal up to rounding.
+
+    Raises:
+        UserError: see `diagonal_fisher`.
+        ValueError: when y is not grouped by class.
     """
-    row_loss = LOSSES[loss] if isinstance(loss, str) else loss
-    parameters = dict(model.named_parameters())
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    row_loss, parameters, trainable = _resolve(model, loss)
     device = next(iter(parameters.values())).device
     whole, each = _Batched(parameters, power), {}
-    current, rows_of_class = None, 0
+    current, classes = None, 0
     with evaluation_mode(model), torch.enable_grad():
         for number, (x, y) in enumerate(loader):
             x, y = x.to(device), y.to(device)
-            start = 0
-            while start < len(y):
-                label = int(y[start])
+            if row_loss is cross_entropy:
+                classes = classes or _width(model, x)
+                _check_labels(y, classes, number)
+            labels, counts = y.unique_consecutive(return_counts=True)
+            for label, a, b in zip(labels.tolist(), x.split(counts.tolist()), y.split(counts.tolist()), strict=True):
                 if label != current:
                     if label in each:
                         raise ValueError("the rows of a class have to be read one after the other")
                     if current is not None:
                         each[current].close()
-                    current, rows_of_class = label, 0
-                    each[label] = _Batched(parameters, power)
-                others = (y[start:] != label).nonzero()
-                same = int(others[0]) if len(others) else len(y) - start
-                stop = start + min(same, batch_size - rows_of_class % batch_size)
-                value = row_loss(model(x[start:stop]), y[start:stop]).sum()
-                gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
-                found = {n: g for n, g in zip(trainable, gradients, strict=True) if g is not None}
-                whole.add(found, stop - start)
-                each[label].add(found, stop - start)
-                _check_finite(value.detach(), {n: g.detach() for n, g in found.items()}, number)
-                rows_of_class += stop - start
-                if rows_of_class % batch_size == 0:
-                    each[label].close()
-                start = stop
+                    current, each[label] = label, _Batched(parameters, power)
+                room = batch_size - each[label].rows  # in the class's own batch, which may have begun earlier
+                for piece in (slice(room), slice(room, None)):
+                    if len(a[piece]):
+                        value = row_loss(model(a[piece]), b[piece]).sum()
+                        _check_loss(value, number)
+                        gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
+                        for batched in (whole, each[label]):
+                            batched.add(dict(zip(trainable, gradients, strict=True)), len(a[piece]))
+                    if each[label].rows == batch_size:
+                        each[label].close()
             whole.close()
+            _check_sums(whole.sums, number)
         if current is not None:
             each[current].close()
     if not whole.count:
@@ -185,9 +180,10 @@ class _Batched:
         self.open: dict[str, Tensor] = {}
         self.rows = 0
 
-    def add(self, gradients: Mapping[str, Tensor], rows: int) -> None:
+    def add(self, gradients: Mapping[str, Tensor | None], rows: int) -> None:
         for name, gradient in gradients.items():
-            self.open[name] = self.open[name] + gradient if name in self.open else gradient
+            if gradient is not None:
+                self.open[name] = self.open[name] + gradient if name in self.open else gradient
         self.rows += rows
 
     def close(self) -> None:
@@ -227,6 +223,19 @@ def _batch_adder(
     return add
 
 
+def _resolve(
+    model: nn.Module, loss: str | SampleLoss
+) -> tuple[SampleLoss, dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The loss per row, all parameters by name, and those that take part."""
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise UserError(f"unknown loss {loss!r} for importances; use {', '.join(LOSSES)} or a function")
+    parameters = dict(model.named_parameters())  # a tied parameter is listed once
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not trainable:
+        raise UserError("every parameter of the model is frozen: there is no gradient to take importances from")
+    return LOSSES[loss] if isinstance(loss, str) else loss, parameters, trainable
+
+
 @torch.no_grad()
 def _width(model: nn.Module, x: Tensor) -> int:
     """Number of classes, from the outputs of one row."""
@@ -243,10 +252,13 @@ def _check_labels(y: Tensor, classes: int, number: int) -> None:
         raise UserError(f"batch {number}: label {wrong} is no class of this model, which has {classes} outputs")
 
 
-def _check_finite(value: Tensor, sums: Mapping[str, Tensor], number: int) -> None:
-    # a NaN importance compares as false and would make a method that selects weights skip them silently
+def _check_loss(value: Tensor, number: int) -> None:
     if not torch.isfinite(value):
         raise UserError(f"the loss of batch {number} is {value.item()}: importances need a model with finite outputs")
+
+
+def _check_sums(sums: Mapping[str, Tensor], number: int) -> None:
+    # a NaN importance compares as false and would make a method that selects weights skip them silently
     if not torch.isfinite(torch.stack([s.sum() for s in sums.values()])).all():
         name = next((n for n, s in sums.items() if not torch.isfinite(s).all()), None)
         if name is not None:

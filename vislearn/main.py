@@ -1,7 +1,6 @@
 """The console script: answers what needs no torch at once, and hands the rest to `vislearn.cli`."""
 
 import sys
-from importlib.metadata import version
 
 USAGE = """\
 usage: vislearn VERB [options]        vislearn VERB --help for a verb's own options
@@ -34,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE, end="")
         return
     if argv[0] in ("--version", "-V"):
+        from importlib.metadata import version  # half of the time that the other answers take
+
         print(f"vislearn {version('vislearn')}")
         return
     if argv[0] == "store":

@@ -4,9 +4,11 @@ import copy
 import hashlib
 import json
 import math
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,14 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Where it ran."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.processor()
-    return {"processor": name or platform.machine(), "cores": torch.get_num_threads(), "device": str(device)}
+    if torch.device(device).type == "cuda":
+        return {"processor": torch.cuda.get_device_name(device), "cores": os.cpu_count(), "device": str(device)}
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = f"{named[0] if named else platform.processor() or platform.machine()}"
+    return {"processor": f"{processor} ({torch.backends.cpu.get_cpu_capability()})", "cores": os.cpu_count(),
+            "device": str(device)}  # fmt: skip
 
 
 def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, store: Store, say: Say = print) -> str:
@@ -51,10 +59,11 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
     plan = recipe(config, "method")
     name = key(plan)
     with store.lock(name):
+        data.setup()
         if name in store:
+            check_ledger(store[name], data)  # the key leaves out where the data are
             say(f"already trained: {store[name].path}")
             return name
-        data.setup()
         check_head(model, data)
         checkpoint = store.partial(name) / "last.ckpt"
         resume = Resume(checkpoint)
@@ -62,9 +71,8 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
         found = checkpoint.exists()
         if found:
             say(f"resuming the interrupted training in {checkpoint.parent}")
-        trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        with interruptible(trainer):
+            trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
         seconds = resume.seconds + time.perf_counter() - resume.start
         predictions = ev.predict(model, data)
         check_finite(predictions, "training", "try a smaller --model.lr")
@@ -99,10 +107,11 @@ def unlearn(
         plan = {**plan, "original": digest(given) if isinstance(given, Path) else given.key}
     name = key(plan)
     with store.lock(name):
+        data.setup()
         if name in store:
+            check_ledger(store[name], data)
             say(f"already unlearned: {store[name].path}")
             return name
-        data.setup()
         check_head(model, data)
         method.check(model, data)
         theta_o, source = original_model(model, data, given or original, config, store, fit_command)
@@ -116,11 +125,10 @@ def unlearn(
         method.prepare(theta_o, data, cache_of(store, source, spent))
         prepared = time.perf_counter()
         trainer.add_callbacks(Progress(type(method).__name__))
-        unlearned = method.unlearn(theta_o, data, trainer)
+        with interruptible(trainer):
+            unlearned = method.unlearn(theta_o, data, trainer)
         synchronise(unlearned)
         seconds = time.perf_counter() - prepared
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         predictions = ev.predict(unlearned, data)
         check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
         times = {"seconds": seconds, "prepare_seconds": spent["prepare"], "prepare_here": prepared - start}
@@ -304,7 +312,7 @@ def check_ledger(artifact: Artifact, data: ForgetDataModule) -> None:
     theirs, ours = artifact.split, data.split()
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise UserError(f"artifact {artifact.key} was made on other data ({theirs['data']}) than this {ours['data']}; "
-                        "give it the data it was made on, or train anew with `vislearn fit`")  # fmt: skip
+                        "give it the data it was made on, or give each data set a --store of its own")  # fmt: skip
     # an original knows no forget set: it was trained on all of D, which is what `train` says
     names = [n for n in ("train", "val", "test") if n in theirs["sets"]]
     if "forget" in theirs["sets"]:
@@ -394,6 +402,18 @@ def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float]) -> 
         return tensors
 
     return cache
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt again, which Lightning turns into an exit or a normal return."""
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 def source_name(source: Artifact | Path) -> str:
