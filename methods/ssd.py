@@ -321,7 +321,7 @@ def dampen(
     """Select and shrink weights in place (Algorithm 1 of SSD).
 
     The paper caps the new weight at the old one, which reads wrong for negative weights; like its code, this caps the
-    factor at 1. The factor is formed for selected weights only, so that 0/0 never is.
+    factor at 1. Weights that are not selected have factor 1, whatever their importances: 0/0 is never formed.
 
     Args:
         model: the network to change.
@@ -343,11 +343,11 @@ def dampen(
     for name, p in parameters.items():
         i, i_f = importance[name].to(p.device), importance_f[name].to(p.device)
         mask = i_f > alpha * i
-        factor = (dampening * i[mask] / i_f[mask]).clamp(max=1)
-        p[mask] = (p[mask].to(factor.dtype) * factor).to(p.dtype)
+        factor = (dampening * i / i_f.where(mask, 1)).clamp(max=1).where(mask, 1)
+        p.copy_(p * factor)  # in the wider of the two precisions
         selected[name] = int(mask.sum())
-        erased += int((i[mask] == 0).sum())
-        factors.append(factor.cpu())
+        erased += int((mask & (i == 0)).sum())
+        factors.append(factor[mask].cpu())
     factor = torch.cat(factors)
     total, count = sum(p.numel() for p in parameters.values()), len(factor)
     ratios = pooled_ratios(importance, importance_f)
