@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from vislearn.methods.ssd import adaptive_percentile, dampen, percentile_alpha
+from vislearn.methods.ssd import dampen, percentile_alpha
 
 from vislearn.fisher import diagonal_fisher
 from vislearn.learner import Learner
@@ -238,10 +238,3 @@ def test_ssd_of_the_corrective_benchmark(case: Case) -> None:
     dampen(net, *passes, h["ssd_alpha"], h["lam"])
     for name, p in net.named_parameters():
         case.close("weights", p, case[f"SSD_last/{case.stored(name)}"], name)
-
-
-@of_kind("dampening")
-def test_adaptive_percentile_of_the_forget_share(case: Case) -> None:
-    size = len(set(case["d_order"].tolist()) | set(case["f_order"].tolist()))
-    found = [run["percentile"] for run in case.meta["expected"].values() if run["method"].startswith("assd")]
-    assert not found or any(q == pytest.approx(adaptive_percentile(len(case["f_order"]) / size)) for q in found)
