@@ -252,8 +252,8 @@ class LFSSD(SSD):
         Foster, Schoepf, Brintrup. Loss-Free Machine Unlearning. ICLR 2024 Tiny Papers. arXiv:2402.19308.
 
     Departures: rows are read in the official training order, which needs no label; ``order="class"`` groups them by
-    class as the code does, and reads labels for that. The alpha of the paper's tables is not known; SSD's 10 suits the
-    order by id, the order by class wants a smaller one.
+    class as the code does, and reads labels for that. The alpha of the paper's tables is not known: the default is
+    SSD's, and the order by class selects fewer weights at the same alpha.
 
     Args:
         order: see :class:`SSD`; class and authors read labels.
