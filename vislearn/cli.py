@@ -1,10 +1,13 @@
 """The verbs that need torch: LightningCLI for `fit`, `unlearn` and `evaluate`, and the entry of `benchmark`."""
 
 import difflib
+import inspect
+import itertools
 import logging
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from . import datamodules, methods, runs
 from .data import ForgetDataModule
 from .errors import UserError
-from .learner import Learner
+from .learner import Classifier, Learner, Regressor
 from .method import UnlearningMethod
 from .store import Store
 from .trainer import Trainer
@@ -28,47 +31,68 @@ class Parser(LightningArgumentParser):
         raise UserError(one_line(message, self))
 
 
+TOP = ("config", "data", "method", "model", "original", "retrained", "seed_everything", "store", "trainer",
+       "unlearn_seed", "unlearned")  # fmt: skip
+RULES = ("ClassForget", "SubclassForget", "RandomForget", "IndexForget", "GroupForget")
+UNKNOWN = re.compile(
+    r"(?:[Uu]nrecognized arguments?|[Oo]ption|[Kk]ey|No action for key|Group|accept nested key) *:? *"
+    r"['\"]?-{0,2}([\w.]+)"
+)
+NO_CLASS = re.compile(r"^(?:Parser key \"(\w+)\")?.*Expected a dot import path string: (\S+).*")
+
+
 def one_line(message: str, parser: Any) -> str:
     """The heart of a parser's message, with the nearest known name where a name is unknown."""
     text = " ".join(str(message).split())
-    unknown = re.search(
-        r"(?:[Uu]nrecognized arguments?|Option|[Kk]ey|No action for key|Group|does not accept nested key) *:? *"
-        r"['\"]?-{0,2}([\w.]+)['\"]?",
-        text,
-    )
-    for pattern in (r"Does not validate against any of the Union subtypes.*?(?=- )", r"Problem with given class_path "):
-        text = re.sub(pattern, "", text)
-    if unknown:
-        asked = unknown.group(1)
-        near = near_name(asked, parser, text)
-        if near:
-            text += f" (did you mean '{near}'?)"
+    no_class = NO_CLASS.match(text)
+    if no_class:
+        where, name = no_class.groups()
+        known = [*methods.__all__, *datamodules.__all__, "Classifier", "Regressor", *RULES]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "a class of your own is named with its module, my_file.Mine"
+        return f"there is no class '{name}' for {where or 'this option'}; {hint}"
+    noise = r"Does not validate against any of the Union subtypes.*?(?=- )|Problem with given class_path "
+    text = re.sub(noise, "", text)
+    unknown = UNKNOWN.findall(text)
+    near_one = next(filter(None, (near_name(name, parser, text) for name in reversed(unknown))), None)
+    if near_one:
+        text += f" (did you mean '{near_one}'?)"
     return text if len(text) <= 600 else f"{text[:300]} ... {text[-280:]}"
 
 
 def near_name(asked: str, parser: Any, text: str) -> str | None:
-    """The known option that looks most like `asked`; a method's own options included."""
-    import inspect
-
-    last = asked.split(".")[-1]
-    known: set[str] = set()
-    for action in getattr(parser, "_actions", []):
-        known.add(str(action.dest).split(".")[-1])
-    for zoo in (methods, datamodules):
-        for name in zoo.__all__:
-            known.add(name)
-            if name in text:
-                known |= parameters(getattr(zoo, name), inspect)
-    for name in ("Classifier", "Regressor"):
-        if name in text or "model" in text:
-            from . import learner
-
-            known |= parameters(getattr(learner, name), inspect)
+    """The known option that looks most like `asked`; the options of the classes that the message is about included."""
+    first, last = asked.split(".")[0], asked.split(".")[-1]
+    if first not in TOP and "." in asked:
+        last, known = first, set(TOP)
+    else:
+        known = {str(action.dest).split(".")[-1] for action in getattr(parser, "_actions", [])} | set(TOP)
+        zoo = [getattr(package, name) for package in (methods, datamodules) for name in package.__all__ if name in text]
+        for cls in [*zoo, *(c for c in (Classifier, Regressor) if c.__name__ in text or "model" in text)]:
+            known |= parameters(cls)
     found = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     return found[0] if found and found[0] != last else None
 
 
-def parameters(cls: type, inspect: Any) -> set[str]:
+def check_files(argv: Sequence[str]) -> None:
+    """Say which configuration file is missing or is not YAML; the parser would not name it."""
+    given = [b for a, b in itertools.pairwise(argv) if a in ("-c", "--config")]
+    given += [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-c="))]
+    for name in given:
+        path = Path(name)
+        if "\n" in name or name.startswith("{"):  # the configuration itself
+            continue
+        if not path.is_file():
+            raise UserError(f"no configuration file {name}; give an existing one, -c recipe.yaml")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{name} must hold keys such as model, data and trainer")
+
+
+def parameters(cls: type) -> set[str]:
     """Constructor arguments of a class and of its parents."""
     return {
         p for c in cls.__mro__ if "__init__" in vars(c) and c.__module__.startswith("vislearn")
@@ -220,7 +244,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run `fit`, `unlearn` or `evaluate`; exit code 2 and one line where the input is at fault."""
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet()
-    guarded(lambda: CLI(config_of_artifact(argv)))
+
+    def run() -> None:
+        check_files(argv)
+        CLI(config_of_artifact(argv))
+
+    guarded(run)
 
 
 def benchmark(argv: list[str]) -> int:
