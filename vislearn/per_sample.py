@@ -176,18 +176,31 @@ def _linear(layer: nn.Linear, a: Tensor, g: Tensor, power: int, own: Mapping[str
 
 def _conv2d(layer: Any, a: Tensor, g: Tensor, power: int, own: Mapping[str, str]) -> Sums:
     """a (b, in, h, w), g (b, out, h', w')."""
-    out: Sums = {}
-    if "weight" in own:
-        groups, channels = layer.groups, g.shape[1]
-        rows = max(1, BUDGET // 2 // (a[0].numel() * layer.weight[0, 0].numel()))  # unfolding repeats the input
-        for a_, g_ in zip(a.split(rows), g.split(rows), strict=True):
-            patches = F.unfold(a_, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (b, in k k, l)
-            patches = patches.unflatten(1, (groups, -1)).movedim(1, 0)
-            each = g_.flatten(2).unflatten(1, (groups, channels // groups)).movedim(1, 0)
-            sums = torch.stack([_sum_products(h, p, power) for h, p in zip(each, patches, strict=True)])
-            out["weight"] = out.get("weight", 0) + sums.reshape(layer.weight.shape)
-    out["bias"] = raise_to(g.flatten(2).sum(2), power, g.dtype).sum(0)
+    g = g.movedim(1, -1)  # channels last: a patch is then made of few, long runs of memory
+    out: Sums = {"bias": raise_to(g.sum((1, 2)), power, g.dtype).sum(0)}
+    if "weight" not in own:
+        return out
+    groups = layer.groups
+    each = g.flatten(1, 2).unflatten(-1, (groups, -1)).movedim(-2, 0).mT  # (groups, b, out / groups, l)
+    rows = max(1, BUDGET // 2 // (a[0].numel() * layer.weight[0, 0].numel()))  # patches repeat the input
+    total = a.new_zeros(layer.weight.shape).movedim(1, -1).contiguous()  # (out, kernel, in / groups)
+    for start in range(0, len(a), rows):
+        patches = _patches(layer, a[start : start + rows])
+        found = [_sum_products(h[start : start + rows], p.mT, power) for h, p in zip(each, patches, strict=True)]
+        total += torch.cat(found).view_as(total)
+    out["weight"] = total.movedim(-1, 1)
     return out
+
+
+def _patches(layer: Any, a: Tensor) -> Tensor:
+    """What each output pixel sees: a (b, in, h, w) -> (groups, b, h' w', kernel x in / groups)."""
+    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = layer.kernel_size, layer.stride, layer.dilation, layer.padding
+    a = F.pad(a.movedim(1, -1), (0, 0, pw, pw, ph, ph)).contiguous()  # (b, h, w, in)
+    b, h, w, channels = a.shape
+    size = (b, (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1, kh, kw, channels)
+    sb, s_h, s_w, sc = a.stride()
+    windows = a.as_strided(size, (sb, s_h * sh, s_w * sw, s_h * dh, s_w * dw, sc))
+    return windows.unflatten(-1, (layer.groups, -1)).movedim(-2, 0).flatten(4).flatten(2, 3)
 
 
 def _sum_products(g: Tensor, a: Tensor, power: int) -> Tensor:
