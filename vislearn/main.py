@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
         print(f"vislearn: error: unknown verb '{argv[0]}'; {hint}", file=sys.stderr)
         raise SystemExit(2)
+    if "" not in sys.path:  # the user's own classes, my_file.Mine; last, so that they hide nothing that is installed
+        sys.path.append("")
     from . import cli
 
     if argv[0] == "benchmark":
