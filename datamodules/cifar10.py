@@ -25,17 +25,21 @@ class CIFAR10(ForgetDataModule):
         root: folder with the data, or the .tar.gz file itself; the folder that the environment variable VISLEARN_DATA
             names is searched next.
         download: fetch the data into `root` with torchvision (170 MB) when they are not there.
+        shift: largest random shift of a training image, in pixels, over zero padding; short trainings want less than
+            the usual 4.
         **kwargs: see :class:`ForgetDataModule`.
     """
 
     num_classes, channels, image_size = 10, 3, 32
     classes: tuple[str, ...] = CLASSES
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # over the pixels of the 50,000 training images
-    augmentation = Augment(padding=4, flip=True)
     stem, official = "cifar10", "cifar-10-batches-py"  # names on disk: of images or archive, of the published files
 
-    def __init__(self, root: Path = Path("data"), download: bool = False, **kwargs: Any) -> None:
+    def __init__(self, root: Path = Path("data"), download: bool = False, shift: int = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if not 0 <= shift < self.image_size:
+            raise UserError(f"shift lies between 0 and {self.image_size - 1} pixels, not {shift} (--data.shift)")
+        self.augmentation = Augment(padding=shift, flip=True)
         self.root, self.download = Path(root), download
         self._found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 

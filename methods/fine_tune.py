@@ -31,7 +31,7 @@ class FineTune(GradientMethod):
         super().__init__(epochs=epochs, lr=lr, **kwargs)
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
-        return data.loader("retain", batch_size=self.batch_size)
+        return self.retain_loader(data)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x_r, y_r = batch

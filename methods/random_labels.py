@@ -41,7 +41,7 @@ class RandomLabels(GradientMethod):
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
         return OneAfterTheOther(
             forget=data.loader("forget", batch_size=self.forget_batch_size),
-            retain=data.loader("retain", batch_size=self.batch_size),
+            retain=self.retain_loader(data),
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

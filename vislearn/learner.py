@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .errors import UserError
 from .networks import Network, Norm, build, without_public_weights
+from .optim import Muon
 
 if TYPE_CHECKING:
     from .data import ForgetDataModule
@@ -66,12 +67,15 @@ class Learner(LightningModule, ABC):
     A subclass writes `forward`, `features` and `loss`, and calls this constructor with its keyword arguments.
 
     Args:
-        optimizer: `sgd`, or `adamw`, which has its own momentum and decouples the weight decay.
+        optimizer: `sgd`; `adamw`, which has its own momentum and decouples the weight decay; or `muon`, SGD
+            that orthogonalises the update of every convolution but the first, for short trainings; each of these
+            convolutions needs a normalisation behind it.
         lr: base learning rate, for the batch size of the data.
         momentum: momentum of SGD.
         nesterov: Nesterov's form of the momentum.
         weight_decay: weight decay on every parameter, biases and normalisations included, as in the code of the
-            unlearning papers.
+            unlearning papers; `muon` fixes the norm of its convolutions instead.
+        muon_lr: base learning rate of the convolutions under `muon`, relative to their norm.
         schedule: course of the learning rate over the training, set at every step: `constant`, `cosine` or `triangle`
             down to 0, `step` at milestones; `ssd` is `step` with the overshooting warm-up of the SSD benchmark.
         milestones: epochs, counted from 0, at which the schedules `step` and `ssd` lower the rate.
@@ -86,11 +90,12 @@ class Learner(LightningModule, ABC):
 
     def __init__(
         self,
-        optimizer: Literal["sgd", "adamw"] = "sgd",
+        optimizer: Literal["sgd", "adamw", "muon"] = "sgd",
         lr: float = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 5e-4,
+        muon_lr: float = 0.2,
         schedule: Schedule = "cosine",
         milestones: list[int] | None = None,
         gamma: float = 0.1,
@@ -99,8 +104,10 @@ class Learner(LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        check(optimizer in ("sgd", "adamw"), f"optimizer is 'sgd' or 'adamw', not '{optimizer}' (--model.optimizer)")
+        check(optimizer in ("sgd", "adamw", "muon"),
+              f"optimizer is 'sgd', 'adamw' or 'muon', not '{optimizer}' (--model.optimizer)")  # fmt: skip
         check(lr > 0, f"lr must be above 0, not {lr:g} (--model.lr)")
+        check(muon_lr > 0, f"muon_lr must be above 0, not {muon_lr:g} (--model.muon_lr)")
         check(weight_decay >= 0, f"weight_decay must not be below 0, and is {weight_decay:g} (--model.weight_decay)")
         check(0 <= momentum < 1, f"momentum lies in [0, 1), and is {momentum:g} (--model.momentum)")
         check(not nesterov or momentum > 0, "nesterov needs a momentum above 0; give --model.momentum=0.9")
@@ -108,6 +115,7 @@ class Learner(LightningModule, ABC):
               f"schedule={schedule} needs milestones, for example --model.milestones=[8,12,16]")  # fmt: skip
         check(min(low_resolution or [1]) > 0, f"low_resolution holds image sizes above 0, not {low_resolution}")
         self.optimizer, self.lr, self.momentum, self.nesterov = optimizer, lr, momentum, nesterov
+        self.muon_lr = muon_lr
         self.weight_decay, self.schedule, self.milestones = weight_decay, schedule, milestones or []
         self.gamma, self.warmup_epochs, self.low_resolution = gamma, warmup_epochs, low_resolution or []
 
@@ -164,8 +172,10 @@ class Learner(LightningModule, ABC):
             optimizer = torch.optim.SGD(
                 parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
             )
-        else:
+        elif self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = self.muon(parameters)
         if self.schedule == "constant" and not self.warmup_epochs:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -182,6 +192,13 @@ class Learner(LightningModule, ABC):
             )
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def muon(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Muon for all convolutions but the first, whose few input channels make no matrix worth turning."""
+        matrices = [p for p in parameters if p.ndim == 4][1:]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in parameters if id(p) not in chosen]
+        return Muon(matrices, rest, self.lr, self.muon_lr, self.momentum, weight_decay=self.weight_decay)
 
     @property
     def init_args(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from .data import ForgetDataModule, zip_loaders
+from .data import ForgetDataModule, Loader, zip_loaders
 from .errors import UserError
 from .learner import Learner
 
@@ -94,6 +94,7 @@ class GradientMethod(UnlearningMethod, LightningModule):
         weight_decay: weight decay of SGD, on every parameter.
         batch_size: rows per batch; by default the data module's.
         forget_batch_size: rows per batch of the forget set, where it has batches of its own; by default `batch_size`.
+        retain_fraction: share of the retain set that is visited, drawn once, in (0, 1].
         train_mode: False keeps dropout off and batch-norm statistics fixed while unlearning.
     """
 
@@ -108,6 +109,7 @@ class GradientMethod(UnlearningMethod, LightningModule):
         weight_decay: float = 5e-4,
         batch_size: int | None = None,
         forget_batch_size: int | None = None,
+        retain_fraction: float = 1.0,
         train_mode: bool = True,
     ) -> None:
         super().__init__()
@@ -115,9 +117,11 @@ class GradientMethod(UnlearningMethod, LightningModule):
             raise UserError(f"epochs must be at least 1, not {epochs} (--method.epochs)")
         if lr <= 0:
             raise UserError(f"lr must be above 0, not {lr} (--method.lr)")
+        if not 0 < retain_fraction <= 1:
+            raise UserError(f"retain_fraction lies in (0, 1], not {retain_fraction} (--method.retain_fraction)")
         self.epochs, self.lr, self.momentum, self.weight_decay = epochs, lr, momentum, weight_decay
         self.batch_size, self.forget_batch_size = batch_size, forget_batch_size or batch_size
-        self.train_mode = train_mode
+        self.retain_fraction, self.train_mode = retain_fraction, train_mode
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -137,8 +141,16 @@ class GradientMethod(UnlearningMethod, LightningModule):
         return zip_loaders(
             over="retain",
             forget=data.loader("forget", batch_size=self.forget_batch_size),
-            retain=data.loader("retain", batch_size=self.batch_size),
+            retain=self.retain_loader(data),
         )
+
+    def retain_loader(self, data: ForgetDataModule) -> Loader:
+        """Batches of the retain set, or of the share of it that `retain_fraction` leaves."""
+        if self.retain_fraction == 1:
+            return data.loader("retain", batch_size=self.batch_size)
+        ids = data.ids("retain")
+        kept = ids[torch.randperm(len(ids))[: max(1, int(self.retain_fraction * len(ids)))]]
+        return data.loader(kept.sort().values, batch_size=self.batch_size)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(
