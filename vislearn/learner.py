@@ -193,7 +193,7 @@ class Learner(LightningModule, ABC):
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
-    def muon(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    def muon(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Muon for all convolutions but the first, whose few input channels make no matrix worth turning."""
         matrices = [p for p in parameters if p.ndim == 4][1:]
         chosen = {id(p) for p in matrices}

@@ -22,7 +22,7 @@ class Trainer(lightning.Trainer):
 
     def add_callbacks(self, *callbacks: Callback) -> None:
         """Add callbacks to those that the configuration names."""
-        self.callbacks = [*self.callbacks, *callbacks]  # type: ignore[attr-defined] # Lightning sets it, unannounced
+        self.callbacks = [*self.callbacks, *callbacks]  # type: ignore[attr-defined,has-type] # Lightning sets it, unannounced
 
     def run_epochs(self, module: LightningModule, data: ForgetDataModule, epochs: int) -> None:
         """Train for exactly `epochs` epochs counted from zero, however often this trainer was used before.
@@ -118,9 +118,6 @@ class Resume(Callback):
         self.start = time.perf_counter()
         if self.rng is not None:
             torch.set_rng_state(self.rng.cpu())
-            loader = trainer.train_dataloader
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: LightningModule) -> None:
         if time.monotonic() - self.last < CHECKPOINT_SECONDS or trainer.current_epoch + 1 == trainer.max_epochs:
