@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from vislearn.arguments import own_defaults
 from vislearn.main import main
 from vislearn.store import Store, key, recipe
 
@@ -122,14 +124,28 @@ def test_unlearn_twice_makes_one(at_home: Path, capsys: pytest.CaptureFixture[st
     assert len(Store("artifacts").keys()) == count + 1
 
 
-def test_method_switch_starts_from_its_own_defaults(at_home: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_text("method: {class_path: FineTune, init_args: {epochs: 7, lr: 0.5}}")
-    from vislearn.cli import resolving_parser
+def test_method_switch_starts_from_its_own_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No setting of the replaced class reaches the new one, and the user hears of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("m.yaml").write_text("method: {class_path: FineTune, init_args: {epochs: 7, lr: 0.5}}")
+    Path("f.yaml").write_text("data: {init_args: {forget: {class_path: RandomForget, init_args: {classes: [1]}}}}")
+    argv = ["unlearn", "-c", "recipe.yaml", "-c", "m.yaml", "-c", "f.yaml", "--data.forget=ClassForget",
+            "--data.forget.classes=[3]", "--method=GradientAscent", "--print_config"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(argv)
+    said = capsys.readouterr()
+    method = yaml.safe_load(said.out)["method"]["init_args"]
+    assert (method["epochs"], method["lr"]) == (5, 1e-4)
+    assert "GradientAscent replaces FineTune of m.yaml, whose settings are dropped (epochs, lr)" in said.err
+    assert "ClassForget replaces RandomForget of f.yaml, whose settings are dropped (classes)" in said.err
 
-    parser = resolving_parser()
-    merged = parser.parse_args(["--data=Digits", "--method=FineTune", "--method.epochs=7", "--method=GradientAscent"])
-    assert merged.method.class_path.endswith("GradientAscent")
-    assert merged.method.init_args.lr == 1e-4
+
+def test_settings_of_the_same_class_merge() -> None:
+    argv = ["unlearn", '--config={"method": {"class_path": "SSD", "init_args": {"alpha": 3}}}', "--method=SSD"]
+    assert own_defaults(argv) == argv
 
 
 def test_evaluate_takes_artifacts_and_files_of_any_kind(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +262,8 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("max_epochs: 2", "max_epochs: 8"))
     script = (
         "import sys, torch; torch.set_num_threads(1); import vislearn.trainer as t; t.CHECKPOINT_SECONDS = 0;"
-        "from vislearn.main import main; main(sys.argv[1:])"
+        "from vislearn.arguments import own_defaults
+from vislearn.main import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, "fit", "-c", "recipe.yaml", "--store"]
     whole = subprocess.run([*command, "whole"], cwd=tmp_path, capture_output=True, text=True, check=True)

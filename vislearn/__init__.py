@@ -1,0 +1,21 @@
+"""A laboratory bench for machine unlearning; the names of this module are loaded when they are asked for."""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Classifier": "learner", "Learner": "learner", "Regressor": "learner", "ForgetDataModule": "data",
+    "Forget": "forget", "UnlearningMethod": "method", "GradientMethod": "method", "Trainer": "trainer",
+    "Store": "store", "UserError": "errors",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # lazily: `vislearn --help` and `vislearn store ls` answer without torch
+    if name not in _HOME:
+        raise AttributeError(f"module 'vislearn' has no attribute '{name}'")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

@@ -2,12 +2,10 @@
 
 import difflib
 import inspect
-import itertools
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import datamodules, methods, runs
+from .arguments import config_of_artifact, fit_command, own_defaults
 from .data import ForgetDataModule
 from .errors import UserError
 from .learner import Classifier, Learner, Regressor
@@ -74,24 +73,6 @@ def near_name(asked: str, parser: Any, text: str) -> str | None:
     return found[0] if found and found[0] != last else None
 
 
-def check_files(argv: Sequence[str]) -> None:
-    """Say which configuration file is missing or is not YAML; the parser would not name it."""
-    given = [b for a, b in itertools.pairwise(argv) if a in ("-c", "--config")]
-    given += [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-c="))]
-    for name in given:
-        path = Path(name)
-        if "\n" in name or name.startswith("{"):  # the configuration itself
-            continue
-        if not path.is_file():
-            raise UserError(f"no configuration file {name}; give an existing one, -c recipe.yaml")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{name} must hold keys such as model, data and trainer")
-
-
 def parameters(cls: type) -> set[str]:
     """Constructor arguments of a class and of its parents."""
     return {
@@ -130,8 +111,8 @@ def resolving_parser() -> LightningArgumentParser:
 class CLI(LightningCLI):
     """`fit`, `unlearn` and `evaluate`; each is a method of `Trainer` whose typed parameters are the flags."""
 
-    def __init__(self, args: list[str] | dict | None) -> None:
-        self.argv = args
+    def __init__(self, argv: list[str], args: list[str]) -> None:
+        self.argv = argv  # as the user typed it
         super().__init__(
             Learner, ForgetDataModule, trainer_class=Trainer, subclass_mode_model=True, subclass_mode_data=True,
             seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None, args=args,
@@ -184,7 +165,7 @@ class CLI(LightningCLI):
         from .benchmark import audit_results
         from .report import write_page
 
-        results = audit_results(rule, datamodule, self.plain_config, ["vislearn", *(self.argv or [])])
+        results = audit_results(rule, datamodule, self.plain_config, ["vislearn", *self.argv])
         show(rule, results)
         page = Path("audit.html")
         write_page(results, page)
@@ -197,35 +178,6 @@ def show(rule: dict[str, Any], results: dict[str, Any] | None = None) -> None:
     from .report import print_table
 
     print_table(results or printable(rule))
-
-
-def fit_command(argv: Any) -> str:
-    """The command that trains the original model of an `unlearn` command."""
-    words, kept, skip = list(argv or []), [], False
-    drop = ("--method", "--data.forget", "--unlearn_seed", "--original", "--retrained")
-    for i, word in enumerate(words[1:], 1):
-        if skip:
-            skip = False
-            continue
-        if word.startswith(drop):
-            skip = "=" not in word and i + 1 < len(words) and not words[i + 1].startswith("-")
-            continue
-        kept.append(word)
-    return " ".join(["vislearn fit", *kept])
-
-
-def config_of_artifact(argv: list[str]) -> list[str]:
-    """For `evaluate` of artifacts: their own recipe, where the command gives none."""
-    if argv[0] != "evaluate" or any(a in ("-c", "--config") or a.startswith(("--config=", "--data")) for a in argv):
-        return argv
-    pairs = dict(zip(argv, [*argv[1:], ""], strict=True)) | dict(a.split("=", 1) for a in argv if "=" in a)
-    store = Store(Path(pairs.get("--store", "artifacts")))
-    given = pairs.get("--unlearned", "")
-    if given not in store:
-        return argv
-    config = store[given].config
-    kept = {k: config[k] for k in ("seed_everything", "model", "data", "trainer") if k in config}
-    return [argv[0], f"--config={yaml.safe_dump(kept)}", *argv[1:]]
 
 
 def quiet() -> None:
@@ -246,8 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
 
     def run() -> None:
-        check_files(argv)
-        CLI(config_of_artifact(argv))
+        CLI(argv, own_defaults(config_of_artifact(argv)))
 
     guarded(run)
 
