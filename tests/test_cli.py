@@ -262,8 +262,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("max_epochs: 2", "max_epochs: 8"))
     script = (
         "import sys, torch; torch.set_num_threads(1); import vislearn.trainer as t; t.CHECKPOINT_SECONDS = 0;"
-        "from vislearn.arguments import own_defaults
-from vislearn.main import main; main(sys.argv[1:])"
+        "from vislearn.main import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, "fit", "-c", "recipe.yaml", "--store"]
     whole = subprocess.run([*command, "whole"], cwd=tmp_path, capture_output=True, text=True, check=True)
