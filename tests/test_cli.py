@@ -1,5 +1,6 @@
 """The commands as a user types them: fit, unlearn, evaluate, and every fault in one line with exit code 2."""
 
+import csv
 import json
 import os
 import signal
@@ -111,6 +112,16 @@ def test_unlearn_compares_with_every_retrained_model(at_home: Path, capsys: pyte
     assert gap["pairs"] == 2
     assert gap["low"] <= gap["mean"] <= gap["high"]
     assert report["floor"]["forget/accuracy"]["pairs"] == 1
+
+
+def test_a_logger_gets_the_configuration_once_and_every_number(at_home: Path) -> None:
+    main(["unlearn", "-c", "recipe.yaml", *FORGET, "--method=RandomLabels", "--method.epochs=1",
+          "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.log_every_n_steps=1"])  # fmt: skip
+    (folder,) = Path("logs").glob("*/version_0")
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["method"]["class_path"].endswith("RandomLabels")
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert float(rows[-1]["gap/mean"]) > 0
+    assert 0 <= float(rows[-1]["retrained/forget/accuracy"]) <= 1
 
 
 def test_unlearn_twice_makes_one(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--store", type=str, default="artifacts", help="folder of the stored models")
+        parser.add_argument("--watch", type=bool, default=False, help="let W&B record gradients and weights")
         link_model_to_data(parser)
 
     @property
@@ -137,7 +138,7 @@ class CLI(LightningCLI):
         parser = self._subcommand_parsers[self.subcommand]
         text = parser.dump(self.config[self.subcommand], skip_unset=False, skip_validation=True)
         out = yaml.safe_load(text)
-        for extra in ("config", "store", "original", "retrained", "unlearned"):
+        for extra in ("config", "store", "watch", "original", "retrained", "unlearned"):
             out.pop(extra, None)
         return out
 
@@ -148,15 +149,30 @@ class CLI(LightningCLI):
     def fit(self, model: Learner, datamodule: ForgetDataModule) -> None:
         """Train and store; takes the place of the Trainer's method of that name."""
         assert isinstance(self.trainer, Trainer)
+        self.start_loggers(model)
         runs.fit(model, datamodule, self.trainer, self.plain_config, self.artifact_store)
+
+    def start_loggers(self, model: Learner) -> None:
+        """Every logger gets the resolved configuration, once and nested; W&B watches the weights when asked to."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.plain_config)
+            if self.config[self.subcommand].watch:
+                if not hasattr(logger, "watch"):
+                    raise UserError(f"--watch needs --trainer.logger=WandbLogger, not {type(logger).__name__}")
+                logger.watch(model)
 
     def unlearn(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
         """Unlearn, evaluate and store; prints the numbers."""
         assert isinstance(self.trainer, Trainer)
+        self.start_loggers(model)
         store = self.artifact_store
         options["fit_command"] = fit_command(self.argv)
         made = runs.unlearn(model, datamodule, trainer=self.trainer, config=self.plain_config, store=store, **options)
-        show((store[made].report or {})["comparison"])
+        comparison = (store[made].report or {})["comparison"]
+        for logger in self.trainer.loggers:
+            logger.log_metrics(runs.flat(comparison))
+            logger.finalize("success")
+        show(comparison)
 
     def evaluate(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
         """Audit checkpoints; prints the numbers and writes the page."""

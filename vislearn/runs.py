@@ -232,6 +232,14 @@ def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:
     return [t[0] if t == [t[0]] * seeds else f"{t[0]} ({len(t)} of {seeds} seeds)" for t in kinds.values()]
 
 
+def flat(comparison: Mapping[str, Any]) -> dict[str, float]:
+    """One number per key for a logger: the unlearned model's metrics, gaps as gap/..., both references by name."""
+    method = comparison["methods"][0]
+    named = {"": method["metrics"], **{f"{k}/": m["metrics"] for k, m in comparison["models"].items()}}
+    out = {f"{name}{k}": sum(v) / len(v) for name, numbers in named.items() for k, v in numbers.items()}
+    return out | {f"gap/{k.replace('/', '_')}": g["mean"] for k, g in method["gap"].items()}
+
+
 def rule_facts(data: ForgetDataModule) -> dict[str, Any]:
     """What the report says of a forget rule."""
     rule = data.forget
