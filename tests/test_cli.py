@@ -205,6 +205,19 @@ def test_missing_original_names_the_command(at_home: Path, capsys: pytest.Captur
     assert "forget" not in said.split("vislearn fit")[1]
 
 
+def test_without_retrained_models_the_command_that_makes_one_is_said(
+    at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = ["--data.forget=ClassForget", "--data.forget.classes=[7]"]
+    main(["unlearn", "-c", "recipe.yaml", *rule, "--method=SSD"])
+    name = capsys.readouterr().out.split("stored: ")[1].split()[0].split("/")[-1]
+    comparison = Store("artifacts")[name].report["comparison"]
+    assert comparison["methods"][0]["gap"] == {}
+    assert comparison["floor"] == {}
+    said = " ".join(comparison["warnings"])
+    assert "vislearn fit -c recipe.yaml --data.forget=ClassForget --data.forget.classes=[7] --seed_everything=1" in said
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -116,7 +116,7 @@ def supported() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(("cls", "kind"), supported())
+@pytest.mark.parametrize(("cls", "kind"), list(supported()))
 def test_the_result_is_a_learner_like_the_original(cls: type[UnlearningMethod], kind: str, rule: Forget) -> None:
     if isinstance(rule, ClassForget) and kind == "regressor":
         rule = RandomForget(0.3)
@@ -151,6 +151,14 @@ def test_reads_only_what_it_declares(cls: type[UnlearningMethod]) -> None:
     allowed = set(cls.needs) | ({"forget", "retain"} if "train" in cls.needs else set())
     assert data.read <= allowed
     assert "test" not in data.read
+
+
+@pytest.mark.parametrize("cls", ZOO, ids=lambda c: c.__name__)
+def test_what_it_does_not_declare_is_refused(cls: type[UnlearningMethod]) -> None:
+    data, model = Tiny(forget=RULES["random"]), learner("batch norm")
+    data.setup()
+    with data.reading(()), pytest.raises(UserError, match="needs"):
+        build(cls).unlearn(model, data, trainer())
 
 
 @pytest.mark.parametrize("cls", [c for c in ZOO if issubclass(c, GradientMethod)], ids=lambda c: c.__name__)

@@ -113,17 +113,28 @@ def dropped(section: Any) -> list[str]:
 
 def fit_command(argv: Sequence[str]) -> str:
     """The command that trains the original model of an `unlearn` command."""
+    kept = without(argv, "--method", "--data.forget", "--unlearn_seed", "--original", "--retrained", "--watch")
+    in_file = any(reach(read_config(name), CLASSES["--data.forget"]) for _, _, name in config_files(argv))
+    return " ".join(["vislearn fit", *kept, *(["--data.forget=null"] if in_file else [])])
+
+
+def retrain_command(argv: Sequence[str], seed: int) -> str:
+    """The command that makes a retrained model for an `unlearn` command, with a training seed of its own."""
+    kept = without(argv, "--method", "--unlearn_seed", "--original", "--retrained", "--watch", "--seed_everything")
+    return " ".join(["vislearn fit", *kept, f"--seed_everything={seed}"])
+
+
+def without(argv: Sequence[str], *flags: str) -> list[str]:
+    """The words behind the verb, less the flags that begin like these and their values."""
     kept, skip = [], False
-    drop = ("--method", "--data.forget", "--unlearn_seed", "--original", "--retrained")
     for i, word in enumerate(argv[1:], 1):
         if skip:
             skip = False
-        elif word.startswith(drop):
+        elif word.startswith(flags):
             skip = "=" not in word and i + 1 < len(argv) and not argv[i + 1].startswith("-")
         else:
             kept.append(word)
-    in_file = any(reach(read_config(name), CLASSES["--data.forget"]) for _, _, name in config_files(argv))
-    return " ".join(["vislearn fit", *kept, *(["--data.forget=null"] if in_file else [])])
+    return kept
 
 
 def config_of_artifact(argv: Sequence[str]) -> list[str]:

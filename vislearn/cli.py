@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import datamodules, methods, runs
-from .arguments import config_of_artifact, fit_command, own_defaults
+from .arguments import config_of_artifact, fit_command, own_defaults, retrain_command
 from .data import ForgetDataModule
 from .errors import UserError
 from .learner import Classifier, Learner, Regressor
@@ -167,6 +167,8 @@ class CLI(LightningCLI):
         self.start_loggers(model)
         store = self.artifact_store
         options["fit_command"] = fit_command(self.argv)
+        seed = self.config[self.subcommand].seed_everything
+        options["retrain_command"] = retrain_command(self.argv, seed + 1)
         made = runs.unlearn(model, datamodule, trainer=self.trainer, config=self.plain_config, store=store, **options)
         comparison = (store[made].report or {})["comparison"]
         for logger in self.trainer.loggers:

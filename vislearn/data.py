@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +96,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
         self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
         self.indices: dict[str, Tensor] = {}
+        self.read: set[str] = set()  # the sets that were read since `reading` was entered last
+        self._allowed: frozenset[str] | None = None
         self._device: torch.device | str = "cpu"
         self._sources: dict[bool, Source] = {}
 
@@ -147,6 +150,7 @@ class ForgetDataModule(LightningDataModule, ABC):
             UserError: when the set does not exist or is empty.
         """
         test = held_out if isinstance(name, Tensor) else name.startswith("test")
+        self._check_reading(name, held_out)
         ids = name if isinstance(name, Tensor) else self.ids(name)
         if len(ids) == 0:
             raise UserError("a loader needs at least one row")
@@ -162,6 +166,40 @@ class ForgetDataModule(LightningDataModule, ABC):
             seed=int(torch.randint(2**62, ())) if train else 0,
             num_workers=self.num_workers,
         )
+
+    @contextmanager
+    def reading(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block, refuse to read other sets than these; "train" holds forget and retain set.
+
+        Raises:
+            UserError: in `loader` or `arrays`, when a row of another set is asked for.
+        """
+        self._allowed, before = frozenset(names), self._allowed
+        try:
+            yield
+        finally:
+            self._allowed = before
+
+    def _check_reading(self, name: str | Tensor, held_out: bool) -> None:
+        """Keep account of what is read, and refuse what is not allowed."""
+        if self._allowed is None:
+            return
+        if isinstance(name, str):
+            parts = {name}
+        elif held_out:
+            parts = {"test"}
+        else:
+            parts = {n for n in ("forget", "retain", "val") if n in self.indices
+                     and bool(torch.isin(name, self.indices[n]).any())}  # fmt: skip
+        self.read |= parts
+        allowed = self._allowed | ({"forget", "retain"} if "train" in self._allowed else set())
+        if "train" not in allowed and {"forget", "retain"} <= allowed:
+            allowed |= {"train"}
+        if parts - allowed:
+            raise UserError(
+                f"the method declares that it reads {', '.join(sorted(self._allowed)) or 'nothing'} and asks for "
+                f"{', '.join(sorted(parts - allowed))}; its `needs` has to name every set that it reads"
+            )
 
     def ids(self, name: str) -> Tensor:
         """(k,) row numbers of a set.
@@ -185,6 +223,7 @@ class ForgetDataModule(LightningDataModule, ABC):
 
     def arrays(self, name: SetName | str) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """A set for scikit-learn: (n, d) float32 features, for images pixels in [0, 1], and (n,) targets."""
+        self._check_reading(name, held_out=False)
         ids, train = self.ids(name), not name.startswith("test")
         rows = self._source(train).batch(ids).cpu()
         x = rows if rows.is_floating_point() else rows.to(torch.float32) / 255

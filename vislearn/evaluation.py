@@ -119,7 +119,8 @@ COLUMNS = (
     Column("test_forget/accuracy", "Test acc. (forgotten)", "accuracy on the test rows of what is forgotten"),
     Column("test/accuracy", "Test acc.", "accuracy on all test rows"),
     Column("forget/mia_entropy", "MIA", "share of D_f that the entropy attack takes for members; the target is the "
-           "retrained model's own value, not 0 and not 50 %"),
+           "retrained model's own value, not 0 and not 50 %. The attacker sees the model's outputs, and knows rows of "
+           "the retain set (members) and the validation set (non-members) to fit on"),
     Column("forget/mae", "Forget MAE", "mean absolute error on D_f", ""),
     Column("retain/mae", "Retain MAE", "mean absolute error on D_r", ""),
     Column("test/mae", "Test MAE", "mean absolute error on the test rows", ""),
@@ -273,4 +274,20 @@ def check_original(original: Subject, sets: Sets) -> list[str]:
                     f"the largest class gives {share:.1%}; nothing below can be trusted"]  # fmt: skip
     elif set_metrics(p)["rmse"] >= p.targets.double().std().item():
         return ["the original model is no better than a constant; nothing below can be trusted"]
+    return []
+
+
+def check_retrained(retrained: Subject, sets: Sets, kind: str) -> list[str]:
+    """Say so when a retrained model knows what it cannot have seen: a leak, or the wrong checkpoint."""
+    if not retrained.classes:
+        return []
+    value = accuracy(*retrained.on("forget", sets)[:2])
+    name = f"retrained model {retrained.key}"
+    if kind == "ClassForget" and value > 0.05:
+        return [f"{name} names the forgotten class in {value:.1%} of its rows, where a model that never saw the class "
+                "should hardly ever: was it trained without the forget set?"]  # fmt: skip
+    test = accuracy(*retrained.on("test", sets)[:2])
+    if kind == "RandomForget" and len(sets["forget"]) >= 50 and value > test + 0.1 and value > 1.1 * test:
+        return [f"{name} is {value:.1%} right on the forget set and {test:.1%} on the test set; for rows drawn at "
+                "random the two should agree: was it trained without the forget set?"]  # fmt: skip
     return []

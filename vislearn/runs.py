@@ -93,6 +93,7 @@ def unlearn(
     original: str | None = None,
     retrained: Sequence[str] | None = None,
     fit_command: str = "vislearn fit -c recipe.yaml",
+    retrain_command: str = "vislearn fit -c recipe.yaml --seed_everything=1 --data.forget=...",
     say: Say = print,
 ) -> str:
     """Original -> unlearned model; evaluates it against the retrained models there are, and stores it.
@@ -122,10 +123,11 @@ def unlearn(
         seed_everything(unlearn_seed, verbose=False)
         spent = {"prepare": 0.0}
         start = time.perf_counter()
-        method.prepare(theta_o, data, cache_of(store, source, spent))
+        with data.reading(method.needs):
+            method.prepare(theta_o, data, cache_of(store, source, spent))
         prepared = time.perf_counter()
         trainer.add_callbacks(Progress(type(method).__name__))
-        with interruptible(trainer):
+        with interruptible(trainer), data.reading(method.needs):
             unlearned = method.unlearn(theta_o, data, trainer)
         synchronise(unlearned)
         seconds = time.perf_counter() - prepared
@@ -138,8 +140,10 @@ def unlearn(
         others += [artifact_subject(a) for a in store.retrained(recipe(config, "method"))] if retrained is None else []
         compared = compare(data, [first], others, [{"name": type(method).__name__, "subjects": [subject]}])
         report |= {"comparison": compared}
+        if not others:
+            compared["warnings"].append(f"no retrained model, so no gap; make one with: {retrain_command}")
         with store.writing(name) as folder:
-            facts = {**times, "original": source_name(source)}
+            facts = {**times, "read": sorted(data.read), "original": source_name(source)}
             write(folder, "unlearn", unlearned, data, config, plan, predictions, facts, report)
         say(f"stored: {store[name].path}")
     return name
@@ -179,6 +183,7 @@ def compare(
     out["models"] = {"original": ev.reference(originals, sets), "retrained": ev.reference(retrained, sets)}
     out["floor"] = ev.floors(out["models"]["retrained"])
     out["warnings"] = [w for s in originals for w in ev.check_original(s, sets)]
+    out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
     if len(retrained) < 2:
         out["floor_note"] = (
             f"{len(retrained)} retrained model{'s' * (len(retrained) != 1)}: no floor can be given; "
