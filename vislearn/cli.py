@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from . import datamodules, methods, runs
+from . import datamodules, methods, progress, runs
 from .arguments import config_of_artifact, fit_command, own_defaults, retrain_command
 from .data import ForgetDataModule
 from .errors import UserError
@@ -216,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
 
     def run() -> None:
-        CLI(argv, own_defaults(config_of_artifact(argv)))
+        with progress.bar(argv[0]):
+            CLI(argv, own_defaults(config_of_artifact(argv)))
 
     guarded(run)
 

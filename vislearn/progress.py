@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -43,6 +44,33 @@ def report(fraction: float, text: str = "") -> None:
     if now - _last >= INTERVAL or fraction >= 1:
         _last = now
         _hook(min(max(fraction, 0.0), 1.0), text)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[None]:
+    """Draw what the block reports on the terminal: what runs, how far it is and how long is left.
+
+    Without a terminal, or where reports already go to a parent process, nothing is drawn.
+    """
+    if _hook is not None or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task(title, total=1.0)
+
+        def show(fraction: float, text: str) -> None:
+            drawn.update(task, completed=fraction, description=f"{title} {text}".strip())
+
+        set_hook(show)
+        try:
+            yield
+        finally:
+            set_hook(None)
 
 
 @dataclass
