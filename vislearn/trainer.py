@@ -94,7 +94,8 @@ class Progress(Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
         total = trainer.num_training_batches * (trainer.max_epochs or 1)
         if total:
-            progress.report((trainer.fit_loop.epoch_loop.total_batch_idx + 1) / total, self.text)
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            progress.report((trainer.fit_loop.epoch_loop.total_batch_idx + 1) / total, f"{self.text} {epoch}".strip())
 
 
 class Resume(Callback):
