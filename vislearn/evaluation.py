@@ -53,7 +53,7 @@ def predict(model: Learner, data: ForgetDataModule, batch_size: int = 128) -> di
         loader = data.loader(split, train=False, batch_size=batch_size)
         rows = []
         for x, y in batches(loader, device):
-            # channels last: 1.3 times the images per second for a ResNet-20 on a processor, in batches that fit its cache
+            # channels last: 1.3 times the images per second for a ResNet-20 on a processor, at this batch size
             rows.append((model(channels_last(x)).float().cpu(), y.cpu()))
             progress.report(len(rows) / len(loader), f"evaluating {split}")
         out[split] = Predictions(

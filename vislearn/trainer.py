@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from . import progress
 from .data import ForgetDataModule
@@ -123,8 +124,14 @@ class Resume(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: LightningModule) -> None:
         if time.monotonic() - self.last < CHECKPOINT_SECONDS or trainer.current_epoch + 1 == trainer.max_epochs:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        trainer.save_checkpoint(beside)
-        os.replace(beside, self.path)
         self.last = time.monotonic()
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            trainer.save_checkpoint(beside)
+            os.replace(beside, self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            beside.unlink(missing_ok=True)
+            reason = " ".join(str(error).split())
+            rank_zero_warn(f"no checkpoint could be kept in {self.path.parent} ({reason}); the training goes on, and a "
+                           "killed run would begin again")  # fmt: skip
