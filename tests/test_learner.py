@@ -329,7 +329,7 @@ def test_memory_order_changes_no_result() -> None:
         ({"momentum": 1.0}, "--model.momentum"),
         ({"momentum": 0.0, "nesterov": True}, "--model.momentum=0.9"),
         ({"schedule": "step"}, "milestones"),
-        ({"optimizer": "lion"}, "'sgd' or 'adamw'"),
+        ({"optimizer": "lion"}, "'sgd', 'adamw' or 'muon'"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"low_resolution": [0]}, "low_resolution"),
         ({"low_resolution": [64]}, "32 pixels"),

@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import Any
 
+# Classes that a configuration can name are not among them: a class with two import paths would have two keys.
 _HOME = {
-    "Classifier": "learner", "Learner": "learner", "Regressor": "learner", "ForgetDataModule": "data",
+    "Learner": "learner", "ForgetDataModule": "data",
     "Forget": "forget", "UnlearningMethod": "method", "GradientMethod": "method", "Trainer": "trainer",
     "Store": "store", "UserError": "errors",
 }  # fmt: skip
