@@ -11,7 +11,7 @@ from vislearn.optim import Muon, orthogonalise
 def test_singular_values_go_to_one_and_directions_stay(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     a = torch.randn(shape, dtype=torch.float64)
-    u, s, v = torch.linalg.svd(a, full_matrices=False)
+    u, _, v = torch.linalg.svd(a, full_matrices=False)
     turned = orthogonalise(a, steps=5)
     found = torch.linalg.svdvals(turned)
     assert float(found.min()) > 0.3
