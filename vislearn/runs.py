@@ -74,7 +74,7 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
         with interruptible(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
         seconds = resume.seconds + time.perf_counter() - resume.start
-        predictions = ev.predict(model, data)
+        predictions = ev.predict(model.to(trainer.strategy.root_device), data)
         check_finite(predictions, "training", "try a smaller --model.lr")
         with store.writing(name) as folder:
             write(folder, "fit", model, data, config, plan, predictions, {"seconds": seconds})
@@ -102,9 +102,9 @@ def unlearn(
         The artifact's key.
     """
     plan = recipe(config)
-    given = None
-    if original is not None and original not in store:
-        given = file_or_artifact(original, store)
+    given = None if original is None else file_or_artifact(original, store)
+    own = key(recipe(config, "method", "forget"))
+    if given is not None and not (isinstance(given, Artifact) and given.key == own):
         plan = {**plan, "original": digest(given) if isinstance(given, Path) else given.key}
     name = key(plan)
     with store.lock(name):
@@ -115,7 +115,8 @@ def unlearn(
             return name
         check_head(model, data)
         method.check(model, data)
-        theta_o, source = original_model(model, data, given or original, config, store, fit_command)
+        theta_o, source = original_model(model, data, given, own, store, fit_command)
+        theta_o.to(trainer.strategy.root_device)  # closed-form methods work where the model is
         if isinstance(source, Artifact):
             first = artifact_subject(source)
         else:
@@ -124,14 +125,14 @@ def unlearn(
         spent = {"prepare": 0.0}
         start = time.perf_counter()
         with data.reading(method.needs):
-            method.prepare(theta_o, data, cache_of(store, source, spent))
+            method.prepare(theta_o, data, cache_of(store, source, spent, trainer.strategy.root_device))
         prepared = time.perf_counter()
         trainer.add_callbacks(Progress(type(method).__name__))
         with interruptible(trainer), data.reading(method.needs):
             unlearned = method.unlearn(theta_o, data, trainer)
         synchronise(unlearned)
         seconds = time.perf_counter() - prepared
-        predictions = ev.predict(unlearned, data)
+        predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
         check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
         times = {"seconds": seconds, "prepare_seconds": spent["prepare"], "prepare_here": prepared - start}
         subject = ev.Subject(predictions, name, unlearn_seed, seconds, spent["prepare"], method.report)
@@ -301,17 +302,12 @@ def load_learner(artifact: Artifact) -> Learner:
 
 
 def original_model(
-    model: Learner, data: ForgetDataModule, given: str | Path | Artifact | None, config: dict, store: Store,
-    command: str,
+    model: Learner, data: ForgetDataModule, given: Path | Artifact | None, own: str, store: Store, command: str
 ) -> tuple[Learner, Artifact | Path]:
-    """The original model's weights in `model`, from the store by the recipe's key or from what was given."""
-    if given is None:
-        name = key(recipe(config, "method", "forget"))
-        if name not in store:
-            raise UserError(f"no original model for this recipe in {store.root} (key {name}); train it with: {command}")
-        source: Artifact | Path = store[name]
-    else:
-        source = store[given] if isinstance(given, str) else given
+    """The original model's weights in `model`: what was given, or else the artifact of the recipe's `own` key."""
+    if given is None and own not in store:
+        raise UserError(f"no original model for this recipe in {store.root} (key {own}); train it with: {command}")
+    source = given or store[own]
     if isinstance(source, Artifact):
         check_ledger(source, data)
         load_model(model, str(source.weights))
@@ -389,7 +385,9 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float]) -> Callable[..., dict[str, Tensor]]:
+def cache_of(
+    store: Store, source: Artifact | Path, spent: dict[str, float], device: torch.device
+) -> Callable[..., dict[str, Tensor]]:
     """The `cache` that `UnlearningMethod.prepare` gets: tensors kept with the original model, with what they cost."""
 
     def cache(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -407,11 +405,12 @@ def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float]) -> 
             if path.exists():
                 with safe_open(str(path), "pt") as opened:
                     spent["prepare"] += float((opened.metadata() or {}).get("seconds", 0.0))
-                    return {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a dict
+                    return {k: opened.get_tensor(k).to(device) for k in opened.keys()}  # noqa: SIM118 - not a dict
             before = spent["prepare"]
-            tensors = {k: v.detach().cpu().contiguous() for k, v in timed().items()}
+            tensors = timed()
+            kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             cost = {"seconds": str(spent["prepare"] - before)}
-            store.put_cache(source.key, file, lambda where: save_file(tensors, str(where), metadata=cost))
+            store.put_cache(source.key, file, lambda where: save_file(kept, str(where), metadata=cost))
         return tensors
 
     return cache
