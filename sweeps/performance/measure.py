@@ -41,14 +41,20 @@ class Noise(CIFAR10):
 
 
 class Batches(LightningDataModule):
-    """The same tensors again and again."""
+    """Whatever batches it is given, and nothing else."""
 
-    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, batches: Any) -> None:
         super().__init__()
         self.batches = batches
 
-    def train_dataloader(self) -> list[tuple[Tensor, Tensor]]:
-        return self.batches
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def train_dataloader(self) -> "Batches":
+        return self  # a bare list would be taken for several loaders
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -138,7 +144,7 @@ def pipeline(data: ForgetDataModule, rows: int = 1024, train_rows: int = 256) ->
         loaders = Batches(list(data.loader(ids[:train_rows], batch_size=128)))
 
         def ours() -> None:
-            loaders.batches = data.loader(ids[:train_rows], batch_size=128)  # type: ignore[assignment]
+            loaders.batches = data.loader(ids[:train_rows], batch_size=128)
             trainer(precision="bf16-mixed" if bf16 else "32-true").fit(model, datamodule=loaders)
 
         def theirs() -> None:
