@@ -320,4 +320,4 @@ def test_report_numbers_are_plain_json(at_home: Path) -> None:
     store = Store("artifacts")
     for name in store.keys():  # noqa: SIM118
         for file in store[name].path.glob("*.json"):
-            json.loads(file.read_text())
+            assert isinstance(json.loads(file.read_text()), dict)
