@@ -1,7 +1,7 @@
 """Muon for small convolutional networks, in float32.
 
-torch's own takes matrices only, timm's orthogonalises in bfloat16: twice the time of a whole step on a processor that
-does not multiply bfloat16 in hardware. Hence these lines.
+torch's own takes matrices only, and timm's orthogonalises in bfloat16, which is slow on a processor that does not
+multiply it in hardware. Hence these lines.
 """
 
 from collections import defaultdict
