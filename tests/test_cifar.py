@@ -29,11 +29,7 @@ from vislearn.forget import ClassForget, SubclassForget
 NAMED = os.environ.get("VISLEARN_DATA")  # before the fixture hides it
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
-    monkeypatch.setenv("VISLEARN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VISLEARN_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

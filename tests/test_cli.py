@@ -199,6 +199,29 @@ def test_a_timm_checkpoint_from_elsewhere_is_audited(at_home: Path, capsys: pyte
     assert "no better than chance" in " ".join(out.split())
 
 
+def test_the_trainer_unlearns_in_python_without_a_store(at_home: Path) -> None:
+    from vislearn import Trainer, runs
+    from vislearn.datamodules import Digits
+    from vislearn.forget import ClassForget
+    from vislearn.methods import FineTune
+
+    store = Store("artifacts")
+    kept = [store[k] for k in store.keys() if store[k].meta["kind"] == "fit"]  # noqa: SIM118
+    original = next(a for a in kept if "forget" not in a.recipe["data"]["init_args"])
+    retrained = [a.key for a in kept if a is not original]
+    model, data = runs.load_learner(original), Digits(batch_size=128, forget=ClassForget([3]))
+    before, count = {k: v.clone() for k, v in model.state_dict().items()}, len(store.keys())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    unlearned, comparison = trainer.unlearn(model, data, FineTune(epochs=1), retrained=retrained)
+    assert comparison["methods"][0]["gap"]["mean"]["pairs"] == len(retrained)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert any(not torch.equal(before[k], v) for k, v in unlearned.state_dict().items())
+    assert len(store.keys()) == count
+    audit = trainer.evaluate(model, data, original.key, retrained[0], retrained)
+    same = audit["models"]["retrained"]["metrics"]["forget/accuracy"][0]
+    assert audit["methods"][0]["metrics"]["forget/accuracy"] == [same]
+
+
 def test_missing_original_names_the_command(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = fault(capsys, "unlearn", "-c", "recipe.yaml", "--seed_everything=9", *FORGET, "--method=SSD")
     assert "vislearn fit -c recipe.yaml --seed_everything=9" in said

@@ -13,12 +13,7 @@ from vislearn.data import ForgetDataModule, Labels, Memory
 from vislearn.datamodules import Digits
 from vislearn.forget import ClassForget, IndexForget, RandomForget
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
-    monkeypatch.setenv("VISLEARN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VISLEARN_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_digits_sets() -> None:

@@ -10,9 +10,9 @@ from scipy import stats
 from torch import Tensor
 
 from vislearn import evaluation as ev
+from vislearn.comparison import compare, one_per_kind
 from vislearn.errors import UserError
 from vislearn.metrics.gap import floor, gap, interval
-from vislearn.runs import compare, one_per_kind
 
 CLASSES = 4
 SETS = {
@@ -60,6 +60,18 @@ def test_gap_is_the_mean_over_pairs() -> None:
     assert found["low"] <= found["mean"] <= found["high"]
 
 
+def test_several_metrics_are_averaged_within_each_pair() -> None:
+    u, r = [[10, 12], [1, 5]], [[11, 15, 13], [2, 2, 8]]
+    found = gap(u, r)
+    pairs = [(abs(u[0][i] - r[0][j]) + abs(u[1][i] - r[1][j])) / 2 for i in range(2) for j in range(3)]
+    assert found["mean"] == pytest.approx(np.mean(pairs))
+    assert found["of_means"] == pytest.approx((abs(11 - 13) + abs(3 - 4)) / 2)
+    assert gap([u[0]], [r[0]]) == gap(u[0], r[0])
+    low = floor(r)
+    assert low is not None
+    assert low["mean"] == pytest.approx(np.mean([(4 + 0) / 2, (2 + 6) / 2, (2 + 6) / 2]))
+
+
 def test_gap_of_one_pair_has_no_interval_and_says_why() -> None:
     found = gap([10], [12])
     assert (found["mean"], found["low"], found["high"]) == (2, None, None)
@@ -96,7 +108,8 @@ def test_interval_is_students() -> None:
 
 
 def test_metrics_are_those_of_each_set() -> None:
-    found = ev.metrics(subject(GOOD), SETS)
+    found, notes = ev.metrics(subject(GOOD), SETS)
+    assert notes == []
     p = subject(GOOD).predictions["test"]
     kept = p.of(SETS["test_retain"])
     assert found["test_retain/accuracy"] == (kept.outputs.argmax(1) == kept.targets).double().mean().item()
@@ -107,8 +120,9 @@ def test_metrics_are_those_of_each_set() -> None:
 def test_without_a_validation_set_the_attack_is_absent_not_zero() -> None:
     one = subject(GOOD)
     one.predictions = {k: v for k, v in one.predictions.items() if k != "val"}
-    found = ev.metrics(one, {k: v for k, v in SETS.items() if k != "val"})
+    found, notes = ev.metrics(one, {k: v for k, v in SETS.items() if k != "val"})
     assert "forget/mia_entropy" not in found
+    assert "--data.val_fraction=0.1" in notes[0]
     assert "forget/accuracy" in found
 
 
@@ -170,7 +184,8 @@ def test_regressors_show_errors_and_never_an_accuracy() -> None:
     y = torch.linspace(0, 1, 240)
     rows = {"train": (0, 200), "val": (200, 240), "test": (0, 80)}
     one = ev.Subject({s: ev.Predictions(y[a:b] + 0.1, y[a:b], torch.arange(a, b)) for s, (a, b) in rows.items()})
-    found = ev.metrics(one, SETS)
+    found, notes = ev.metrics(one, SETS)
+    assert notes == []
     assert found["forget/mae"] == pytest.approx(0.1, abs=1e-6)
     assert not [k for k in found if "accuracy" in k or "mia" in k]
 

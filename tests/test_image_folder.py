@@ -19,12 +19,7 @@ from vislearn.data import Files, Memory
 from vislearn.datamodules import ImageFolder
 from vislearn.forget import ClassForget, GroupForget, SubclassForget
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
-    monkeypatch.setenv("VISLEARN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VISLEARN_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -251,6 +251,7 @@ def test_workers_end_when_their_parent_is_killed(store):
     script.kill()
     script.communicate()
     wait_until(lambda: alive(store) == [], 5.0)
+    assert alive(store) == []
 
 
 # SLURM

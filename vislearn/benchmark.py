@@ -16,8 +16,10 @@ import yaml
 
 from . import evaluation as ev
 from . import runs
+from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
+from .folders import storage_fault
 from .jobs import Job, Outcome, run_all
 from .store import Store, key, recipe
 
@@ -138,6 +140,7 @@ class Sheet:
     unlearned: dict[tuple[int, int], dict[int, str]] = field(default_factory=dict)  # (rule, method) -> seed -> key
     rows: list[Row] = field(default_factory=list)
     configs: list[dict[str, Any]] = field(default_factory=list)  # rule -> resolved configuration
+    files: dict[Path, dict[str, Any]] = field(default_factory=dict)  # what each job reads
 
 
 def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
@@ -156,7 +159,8 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
         name = key(recipe(config) if verb == "unlearn" else recipe(config, "method"))
         if name not in known:
             known.add(name)
-            file = write_job(store, name, {k: v for k, v in config.items() if k in JOB_KEYS[verb]})
+            file = store.root / ".jobs" / f"{name}.yaml"
+            sheet.files[file] = {k: v for k, v in config.items() if k in JOB_KEYS[verb]}
             sheet.jobs.append(Job((verb, "-c", str(file), "--store", str(store.root)), name, title, cost, tuple(needs)))
         return name
 
@@ -203,22 +207,19 @@ def headline(name: str, method: Mapping[str, Any]) -> str:
     return f"{name} ({given})" if given else name
 
 
-def write_job(store: Store, name: str, config: dict[str, Any]) -> Path:
-    """The configuration file of one job, kept so that any job can be run by hand."""
-    folder = store.root / ".jobs"
+def write_jobs(sheet: Sheet, store: Store) -> None:
+    """The configuration file of every job, kept so that any job can be run by hand."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        (store.root / ".jobs").mkdir(parents=True, exist_ok=True)
+        for file, config in sheet.files.items():
+            file.write_text(yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
-        raise UserError(
-            f"cannot write in the store {store.root}: {error.strerror}; choose another with --store"
-        ) from None
-    return file
+        reason = storage_fault(error, store.root) or str(error)
+        raise UserError(f"{reason}: {store.root}; choose another store with --store=DIR") from None
 
 
 def gather(
-    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, resolve: Resolver
+    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, data: Sequence[ForgetDataModule]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The stored outputs of every model, turned into the report's numbers, rule by rule."""
     state = {o.job.key: o for o in outcomes}
@@ -233,8 +234,9 @@ def gather(
         return [known[name] for name in keys.values() if name in known]
 
     originals = subjects(sheet.originals)
+    if not originals:
+        raise UserError("no original model could be trained: " + next(o.error for o in outcomes if o.error))
     for i, config in enumerate(sheet.configs):
-        data = resolve.data(config)
         retrained = subjects(sheet.retrained[i])
         methods = []
         for j, row in enumerate(sheet.rows):
@@ -245,16 +247,11 @@ def gather(
                 "needs": needs(row.config["class_path"]),
             }  # fmt: skip
             if failed:
-                diverged = "diverged" in failed[0].error or "the loss is" in failed[0].error
-                entry |= {"status": "diverged" if diverged else "failed", "error": failed[0].error,
-                          "failed_seeds": len(failed)}  # fmt: skip
+                error = failed[0].error
+                entry |= {"status": "diverged" if "diverged" in error else "failed", "error": error}
             methods.append(entry)
-        if not originals:
-            raise UserError("no original model could be trained: " + next(o.error for o in outcomes if o.error))
-        data.setup()
-        facts = runs.rule_facts(data)
-        facts["config"] = config["data"]["init_args"]["forget"]
-        rule = runs.compare(facts, originals, retrained, methods)
+        facts = rule_facts(data[i]) | {"config": config["data"]["init_args"]["forget"]}
+        rule = compare(facts, originals, retrained, methods)
         missing = len(plan.retrain_seeds) - len(retrained)
         if missing:
             rule["warnings"].append(
@@ -350,27 +347,28 @@ def main(argv: Sequence[str]) -> int:
         plan.recipe["data"] = {**data, "init_args": {**(data.get("init_args") or {}), "root": options.root}}
     store = Store(Path(options.store))
     resolve = Resolver()
-    first = resolve(**{**plan.recipe, "data": with_rule(plan.recipe["data"], plan.forget[0])})
-    data = resolve.data(first)
-    data.setup()  # wrong rules and missing data are found before anything is trained
-    for rule in plan.forget[1:]:
-        resolve.data(resolve(**{**plan.recipe, "data": with_rule(plan.recipe["data"], rule)})).setup()
     sheet = lay_out(plan, store, resolve)
+    data = [resolve.data(config) for config in sheet.configs]
+    for module in data:
+        module.setup()  # wrong rules and missing data are found before anything is written or trained
     found = [name for name in sheet.originals.values() if name in store]
     if found:
-        runs.check_ledger(store[found[0]], data)  # the key leaves out where the data are
+        runs.check_ledger(store[found[0]], data[0])  # the key leaves out where the data are
     missing = [j for j in sheet.jobs if j.key not in store]
     print(f"{plan.title}: {len(sheet.jobs)} models, {len(missing)} to make, in {store.root}", flush=True)
     if options.dry_run:
         for j in missing:
             print(f"  {j.key}  {j.title}")
         return 0
+    write_jobs(sheet, store)
     outcomes = run_all(sheet.jobs, store, workers=options.workers or plan.workers, executor=options.executor)
-    rules = gather(plan, sheet, outcomes, store, resolve)
+    rules = gather(plan, sheet, outcomes, store, data)
     failures = [{"title": o.job.title, "error": o.error, "log": str(store.root / ".logs" / f"{o.job.key}.log")}
                 for o in outcomes if o.state in ("failed", "skipped")]  # fmt: skip
-    results = results_of(rules, data, first, ["vislearn", "benchmark", *argv], title=plan.title, kind="benchmark",
-                         seconds=time.perf_counter() - start, failures=failures)  # fmt: skip
+    results = results_of(
+        rules, data[0], sheet.configs[0], ["vislearn", "benchmark", *argv], title=plan.title, kind="benchmark",
+        seconds=time.perf_counter() - start, failures=failures,
+    )  # fmt: skip
     publish(results, store, Path(options.page) if options.page else None, plan.title)
     return 1 if failures else 0
 
@@ -384,7 +382,7 @@ def publish(results: dict[str, Any], store: Store, page: Path | None, title: str
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_page(results, page)
-        page.with_suffix(".json").write_text(json.dumps(results, indent=1, default=runs.plain))
+        page.with_suffix(".json").write_text(json.dumps(runs.as_json(results), indent=1))
     except OSError as error:
         raise UserError(f"cannot write the report {page}: {error.strerror}; choose another place with --page") from None
     print_table(results)

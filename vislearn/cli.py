@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import datamodules, methods, progress, runs
 from .arguments import config_of_artifact, fit_command, own_defaults, retrain_command
+from .comparison import flat
 from .data import ForgetDataModule
 from .errors import UserError
 from .learner import Classifier, Learner, Regressor
@@ -172,7 +172,7 @@ class CLI(LightningCLI):
         made = runs.unlearn(model, datamodule, trainer=self.trainer, config=self.plain_config, store=store, **options)
         comparison = (store[made].report or {})["comparison"]
         for logger in self.trainer.loggers:
-            logger.log_metrics(runs.flat(comparison))
+            logger.log_metrics(flat(comparison))
             logger.finalize("success")
         show(comparison)
 
@@ -255,5 +255,3 @@ def guarded(action: Any) -> Any:
         print("vislearn: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
 
-
-__all__ = ["CLI", "Namespace", "benchmark", "main"]

@@ -145,28 +145,36 @@ def set_metrics(p: Predictions) -> dict[str, float]:
     return {"mae": error.abs().mean().item(), "rmse": mse**0.5, "loss": mse}
 
 
-def membership(subject: Subject, sets: Sets) -> dict[str, Any]:
+def membership(subject: Subject, sets: Sets) -> tuple[dict[str, float], list[str]]:
     """The entropy attack of the SSD paper: fitted on retain against validation rows, asked about the forget set."""
-    if not subject.classes or "val" not in subject.predictions:
-        return {}
+    if not subject.classes:
+        return {}, []
+    if "val" not in subject.predictions:
+        return {}, ["no membership attack: it fits on validation rows, and there are none; keep some with "
+                    "--data.val_fraction=0.1"]  # fmt: skip
     members, others, asked = (subject.on(name, sets).outputs for name in ("retain", "val", "forget"))
     attack = entropy_attack(members, others, asked)
-    return {"forget/mia_entropy": attack.score} if not np.isnan(attack.score) else {"reason": attack.reason}
+    if np.isnan(attack.score):
+        return {}, [f"no membership attack: {attack.reason}"]
+    return {"forget/mia_entropy": attack.score}, []
 
 
-EVALUATED: tuple[Callable[[Subject, Sets], dict[str, Any]], ...] = (membership,)  # one function per family of metrics
+# a family of metrics gives its numbers, and a sentence for each that cannot be had
+FAMILIES: tuple[Callable[[Subject, Sets], tuple[dict[str, float], list[str]]], ...] = (membership,)
 
 
-def metrics(subject: Subject, sets: Sets) -> dict[str, float]:
-    """Every number of one model that needs no other model; a number that cannot be had is absent, never zero."""
-    out: dict[str, Any] = {}
+def metrics(subject: Subject, sets: Sets) -> tuple[dict[str, float], list[str]]:
+    """Every number of one model that needs no other model, and in words what cannot be had: absent, never zero."""
+    out: dict[str, float] = {}
+    notes: list[str] = []
     for name in sets:
-        if name == "train" or not len(sets[name]):
-            continue
-        out |= {f"{name}/{metric}": value for metric, value in set_metrics(subject.on(name, sets)).items()}
-    for family in EVALUATED:
-        out |= family(subject, sets)
-    return {k: v for k, v in out.items() if isinstance(v, float)}
+        if name != "train" and len(sets[name]):
+            out |= {f"{name}/{metric}": value for metric, value in set_metrics(subject.on(name, sets)).items()}
+    for family in FAMILIES:
+        found, missing = family(subject, sets)
+        out |= found
+        notes += missing
+    return out, notes
 
 
 def scale(key: str) -> float:
@@ -174,10 +182,12 @@ def scale(key: str) -> float:
     return 100.0 if key.endswith(("accuracy", "mia_entropy")) else 1.0
 
 
-def table(subjects: Sequence[Subject], sets: Sets) -> dict[str, list[float]]:
-    """Metric -> one value per model; a metric that one of them lacks is left out."""
+def table(subjects: Sequence[Subject], sets: Sets) -> tuple[dict[str, list[float]], list[str]]:
+    """Metric -> one value per model, and notes; a metric that one of the models lacks is left out."""
     each = [metrics(s, sets) for s in subjects]
-    return {k: [m[k] for m in each] for k in each[0] if all(k in m for m in each)} if each else {}
+    notes = [note for _, found in each for note in found]
+    shared = {k: [m[k] for m, _ in each] for k in each[0][0] if all(k in m for m, _ in each)} if each else {}
+    return shared, notes
 
 
 def class_bars(subjects: Sequence[Subject]) -> list[float | None]:
@@ -191,24 +201,26 @@ def class_bars(subjects: Sequence[Subject]) -> list[float | None]:
 
 def reference(subjects: Sequence[Subject], sets: Sets) -> dict[str, Any]:
     """The original or the retrained models, as the report draws them."""
+    numbers, notes = table(subjects, sets)
     return {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects],
-        "metrics": table(subjects, sets), "per_class": class_bars(subjects),
+        "metrics": numbers, "notes": list(dict.fromkeys(notes)), "per_class": class_bars(subjects),
         "seconds": [s.seconds for s in subjects],
     }  # fmt: skip
 
 
-def floors(retrained: Mapping[str, Any]) -> dict[str, Any]:
-    """Floor of every metric, retrained against retrained; empty with fewer than two models."""
-    out = {}
-    for key, values in retrained["metrics"].items():
-        pairwise = floor([v * scale(key) for v in values])
-        if pairwise:
-            out[key] = pairwise
-    used = [out[k]["mean"] for k in mean_gap_keys(out)]
+def floors(retrained: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Floor of every metric, retrained against retrained; `mean` averages UA, RA, TA and MIA within each pair."""
+    out = {key: floor(in_print(retrained, [key])) for key in retrained}
+    used = mean_gap_keys(retrained)
     if used:
-        out["mean"] = {"mean": float(np.mean(used)), "low": None, "high": None, "pairs": out[MEAN_GAP[0]]["pairs"]}
-    return out
+        out["mean"] = floor(in_print(retrained, used))
+    return {key: value for key, value in out.items() if value is not None}
+
+
+def in_print(numbers: Mapping[str, list[float]], keys: Sequence[str]) -> np.ndarray:
+    """(m, n) values of m metrics for n models, shares in percent."""
+    return np.stack([np.asarray(numbers[k]) * scale(k) for k in keys])
 
 
 def mean_gap_keys(available: Mapping[str, Any]) -> list[str]:
@@ -219,29 +231,11 @@ def mean_gap_keys(available: Mapping[str, Any]) -> list[str]:
 
 def gaps(unlearned: Mapping[str, list[float]], retrained: Mapping[str, list[float]]) -> dict[str, Any]:
     """Gap to the retrained models for every metric both sides have; `mean` averages UA, RA, TA and MIA."""
-    out = {}
-    for key, values in unlearned.items():
-        if key in retrained and not key.startswith("time/"):
-            out[key] = gap([v * scale(key) for v in values], [v * scale(key) for v in retrained[key]])
+    shared = [key for key in unlearned if key in retrained]
+    out = {key: gap(in_print(unlearned, [key]), in_print(retrained, [key])) for key in shared}
     used = mean_gap_keys(out)
-    if used:  # averaged within each pair of models first, so that its interval is one of the average
-        u = np.stack([np.asarray(unlearned[k]) * scale(k) for k in used])
-        r = np.stack([np.asarray(retrained[k]) * scale(k) for k in used])
-        out["mean"] = mean_gap(u, r) | {"of": used}
-    return out
-
-
-def mean_gap(u: np.ndarray, r: np.ndarray) -> dict[str, Any]:
-    """The average gap of m metrics: u (m, a) holds a unlearned models, r (m, b) b retrained ones."""
-    distance = np.abs(u[:, :, None] - r[:, None, :]).mean(0)  # (a, b): the average gap of each pair
-    each = [gap(row, column) for row, column in zip(u, r, strict=True)]
-    out = {**each[0], "mean": float(distance.mean()), "of_means": float(np.mean([g["of_means"] for g in each]))}
-    if distance.size > 1:
-        rng = np.random.default_rng(0)
-        i = rng.integers(distance.shape[0], size=(2000, distance.shape[0]))
-        j = rng.integers(distance.shape[1], size=(2000, distance.shape[1]))
-        draws = distance[i[:, :, None], j[:, None, :]].mean((1, 2))
-        out["low"], out["high"] = (float(q) for q in np.percentile(draws, [2.5, 97.5]))
+    if used:
+        out["mean"] = gap(in_print(unlearned, used), in_print(retrained, used)) | {"of": used}
     return out
 
 

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from . import evaluation as ev
 from .checkpoint import load_weights
+from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
+from .folders import sha256
 from .learner import Learner, from_spec
-from .method import UnlearningMethod
+from .method import Cache, UnlearningMethod
 from .store import Artifact, Store, key, recipe
 from .trainer import Progress, Resume, Trainer
 
@@ -77,7 +79,8 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
         predictions = ev.predict(model.to(trainer.strategy.root_device), data)
         check_finite(predictions, "training", "try a smaller --model.lr")
         with store.writing(name) as folder:
-            write(folder, "fit", model, data, config, plan, predictions, {"seconds": seconds})
+            facts = {"seconds": seconds, "machine": machine(trainer.strategy.root_device)}
+            write(folder, "fit", model, data, config, plan, predictions, facts)
         say(f"stored: {store[name].path}")
     return name
 
@@ -105,7 +108,7 @@ def unlearn(
     given = None if original is None else file_or_artifact(original, store)
     own = key(recipe(config, "method", "forget"))
     if given is not None and not (isinstance(given, Artifact) and given.key == own):
-        plan = {**plan, "original": digest(given) if isinstance(given, Path) else given.key}
+        plan = {**plan, "original": sha256(given) if isinstance(given, Path) else given.key}
     name = key(plan)
     with store.lock(name):
         data.setup()
@@ -116,38 +119,79 @@ def unlearn(
         check_head(model, data)
         method.check(model, data)
         theta_o, source = original_model(model, data, given, own, store, fit_command)
-        theta_o.to(trainer.strategy.root_device)  # closed-form methods work where the model is
+        device = trainer.strategy.root_device
+        theta_o.to(device)  # closed-form methods work where the model is
         if isinstance(source, Artifact):
             first = artifact_subject(source)
         else:
             first = ev.Subject(ev.predict(theta_o, data), str(original), -1)
-        seed_everything(unlearn_seed, verbose=False)
         spent = {"prepare": 0.0}
-        start = time.perf_counter()
-        with data.reading(method.needs):
-            method.prepare(theta_o, data, cache_of(store, source, spent, trainer.strategy.root_device))
-        prepared = time.perf_counter()
-        trainer.add_callbacks(Progress(type(method).__name__))
-        with interruptible(trainer), data.reading(method.needs):
-            unlearned = method.unlearn(theta_o, data, trainer)
-        synchronise(unlearned)
-        seconds = time.perf_counter() - prepared
-        predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
-        check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
-        times = {"seconds": seconds, "prepare_seconds": spent["prepare"], "prepare_here": prepared - start}
-        subject = ev.Subject(predictions, name, unlearn_seed, seconds, spent["prepare"], method.report)
-        report = {"time/unlearn": seconds, "time/prepare": spent["prepare"], "method": dict(method.report)}
+        cache = cache_of(store, source, spent, device)
+        unlearned, subject = carry_out(theta_o, data, method, trainer, unlearn_seed, cache)
+        subject.key, subject.prepare_seconds = name, spent["prepare"]
         others = [load_subject(r, model, data, store) for r in retrained or []]
         others += [artifact_subject(a) for a in store.retrained(recipe(config, "method"))] if retrained is None else []
-        compared = compare(data, [first], others, [{"name": type(method).__name__, "subjects": [subject]}])
-        report |= {"comparison": compared}
+        compared = compare(rule_facts(data), [first], others, [one_method(method, subject)])
         if not others:
             compared["warnings"].append(f"no retrained model, so no gap; make one with: {retrain_command}")
+        facts = {"seconds": subject.seconds, "prepare_seconds": subject.prepare_seconds, "machine": machine(device),
+                 "read": sorted(data.read), "original": source_name(source)}  # fmt: skip
+        report = {"method": subject.report, "comparison": compared}
         with store.writing(name) as folder:
-            facts = {**times, "read": sorted(data.read), "original": source_name(source)}
-            write(folder, "unlearn", unlearned, data, config, plan, predictions, facts, report)
+            write(folder, "unlearn", unlearned, data, config, plan, subject.predictions, facts, report)
         say(f"stored: {store[name].path}")
     return name
+
+
+def carry_out(
+    theta_o: Learner, data: ForgetDataModule, method: UnlearningMethod, trainer: Trainer, seed: int, cache: Cache
+) -> tuple[Learner, ev.Subject]:
+    """Prepare, unlearn and predict; the time is that of unlearning alone. `theta_o` may be edited."""
+    seed_everything(seed, verbose=False)
+    trainer.add_callbacks(Progress(type(method).__name__))
+    with data.reading(method.needs):
+        method.prepare(theta_o, data, cache)
+        start = time.perf_counter()
+        with interruptible(trainer):
+            unlearned = method.unlearn(theta_o, data, trainer)
+        synchronise(unlearned)
+        seconds = time.perf_counter() - start
+    predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
+    check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
+    return unlearned, ev.Subject(predictions, seed=seed, seconds=seconds, report=dict(method.report))
+
+
+def one_method(method: UnlearningMethod, subject: ev.Subject) -> dict[str, Any]:
+    return {"name": type(method).__name__, "subjects": [subject]}
+
+
+def unlearn_in_memory(
+    model: Learner, data: ForgetDataModule, method: UnlearningMethod, trainer: Trainer, unlearn_seed: int,
+    original: str | None, retrained: Sequence[str], store: Store,
+) -> tuple[Learner, dict[str, Any]]:  # fmt: skip
+    """Unlearn without storing anything: the unlearned model and its comparison; `model` stays as it is.
+
+    Args:
+        model: the original model; or its architecture, where `original` holds the weights.
+        data: the data, with a forget rule.
+        method: the unlearning method.
+        trainer: runs the method's loop.
+        unlearn_seed: seed of everything that unlearning draws.
+        original: an artifact key or checkpoint file to load into a copy of `model`.
+        retrained: artifact keys or checkpoint files to compare with.
+        store: where keys are looked up.
+    """
+    data.setup()
+    check_head(model, data)
+    method.check(model, data)
+    theta_o = copy.deepcopy(model)
+    if original is not None:
+        theta_o, _ = original_model(theta_o, data, file_or_artifact(original, store), "", store, "")
+    theta_o.to(trainer.strategy.root_device)
+    first = ev.Subject(ev.predict(theta_o, data), str(original), -1)
+    unlearned, subject = carry_out(theta_o, data, method, trainer, unlearn_seed, lambda name, make: make())
+    others = [load_subject(r, model, data, store) for r in retrained]
+    return unlearned, compare(rule_facts(data), [first], others, [one_method(method, subject)])
 
 
 def evaluate(
@@ -160,98 +204,8 @@ def evaluate(
     first = load_subject(original, model, data, store)
     last = load_subject(unlearned, model, data, store)
     others = [load_subject(r, model, data, store) for r in retrained]
-    return compare(data, [first], others, [{"name": "unlearned", "title": Path(unlearned).name, "subjects": [last]}])
-
-
-def compare(
-    data: ForgetDataModule | Mapping[str, Any],
-    originals: Sequence[ev.Subject],
-    retrained: Sequence[ev.Subject],
-    methods: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """All numbers of one forget rule, as the report reads them.
-
-    Args:
-        data: the data module, set up, or the same facts: {"sets": name -> ids, "title", "id", "kind", "config"}.
-        originals: the original model of each seed.
-        retrained: retrained models; gaps are absent without any.
-        methods: {"name", "subjects": one per original or seed, and anything that the report should carry along}.
-    """
-    facts = rule_facts(data) if isinstance(data, ForgetDataModule) else data
-    sets = {k: v for k, v in facts["sets"].items() if k != "train" and len(v)}
-    out: dict[str, Any] = {k: facts[k] for k in ("id", "title", "kind", "config")}
-    out["sets"] = {k: len(v) for k, v in sets.items()}
-    out["models"] = {"original": ev.reference(originals, sets), "retrained": ev.reference(retrained, sets)}
-    out["floor"] = ev.floors(out["models"]["retrained"])
-    out["warnings"] = [w for s in originals for w in ev.check_original(s, sets)]
-    out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
-    if len(retrained) < 2:
-        out["floor_note"] = (
-            f"{len(retrained)} retrained model{'s' * (len(retrained) != 1)}: no floor can be given; "
-            f"{2 - len(retrained)} more needed for one, {3 - len(retrained)} for an interval"
-        )
-        out["warnings"].append(out["floor_note"])
-    times = [s.seconds for s in retrained if s.seconds]
-    out["methods"] = [entry(m, originals, out["models"]["retrained"], sets, times) for m in methods]
-    return out
-
-
-def entry(
-    method: Mapping[str, Any], originals: Sequence[ev.Subject], retrained: Mapping[str, Any],
-    sets: ev.Sets, retrain_seconds: Sequence[float],
-) -> dict[str, Any]:  # fmt: skip
-    """One method under one rule."""
-    subjects: Sequence[ev.Subject] = method.get("subjects", ())
-    row = {k: v for k, v in method.items() if k != "subjects"} | {"status": method.get("status", "done")}
-    row.setdefault("title", row["name"])
-    numbers = ev.table(subjects, sets)
-    seconds = [s.seconds for s in subjects if s.seconds is not None]
-    if subjects and len(seconds) == len(subjects):
-        numbers["time/unlearn"] = seconds
-        if retrain_seconds:
-            mean = sum(retrain_seconds) / len(retrain_seconds)
-            numbers["time/speedup"] = [mean / max(s, 1e-9) for s in seconds]
-    prepare = [s.prepare_seconds for s in subjects if s.prepare_seconds]
-    if subjects and len(prepare) == len(subjects):
-        numbers["time/prepare"] = prepare
-    by_seed = {s.seed: s for s in originals}
-    found: list[str] = []
-    notes: list[str] = []  # what the method says of itself; a flag makes its numbers suspect
-    for s in subjects:
-        said = ev.flags(s, by_seed.get(s.seed, originals[0]), sets)
-        found += said
-        notes += s.report.get("warnings", [])
-    row["flags"], row["notes"] = (one_per_kind(texts, len(subjects)) for texts in (found, notes))
-    row |= {
-        "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects], "metrics": numbers,
-        "gap": ev.gaps(numbers, retrained["metrics"]), "per_class": ev.class_bars(subjects),
-        "report": subjects[0].report if subjects else {},
-    }  # fmt: skip
-    return row
-
-
-def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:
-    """One sentence per kind of trouble, with how many seeds it hit."""
-    kinds: dict[str, list[str]] = {}
-    for text in texts:
-        kinds.setdefault(text.split(":")[0].split("=")[0], []).append(text)
-    return [t[0] if t == [t[0]] * seeds else f"{t[0]} ({len(t)} of {seeds} seeds)" for t in kinds.values()]
-
-
-def flat(comparison: Mapping[str, Any]) -> dict[str, float]:
-    """One number per key for a logger: the unlearned model's metrics, gaps as gap/..., both references by name."""
-    method = comparison["methods"][0]
-    named = {"": method["metrics"], **{f"{k}/": m["metrics"] for k, m in comparison["models"].items()}}
-    out = {f"{name}{k}": sum(v) / len(v) for name, numbers in named.items() for k, v in numbers.items()}
-    return out | {f"gap/{k.replace('/', '_')}": g["mean"] for k, g in method["gap"].items()}
-
-
-def rule_facts(data: ForgetDataModule) -> dict[str, Any]:
-    """What the report says of a forget rule."""
-    rule = data.forget
-    title = rule.describe() if rule else "no forget rule"
-    slug = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
-    return {"id": slug, "title": title, "kind": type(rule).__name__, "config": {}, "sets": dict(data.indices)}
+    row = {"name": "unlearned", "title": Path(unlearned).name, "subjects": [last]}
+    return compare(rule_facts(data), [first], others, [row])
 
 
 # loading
@@ -367,27 +321,29 @@ def write(
     save_model(model, str(folder / "model.safetensors"))
     ev.save_outputs(predictions, folder / "outputs.safetensors")
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    meta = {"kind": kind, "learner": model.spec, "versions": versions(), "machine": machine(), **facts}
+    meta = {"kind": kind, "learner": model.spec, "versions": versions(), **facts}
     meta["created"] = time.strftime("%Y-%m-%dT%H:%M:%S")
     files = {"recipe": plan, "split": data.split(), "meta": meta} | ({"report": report} if report else {})
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1, default=plain))
+        (folder / f"{name}.json").write_text(json.dumps(as_json(content), indent=1))
 
 
-def plain(value: Any) -> Any:
-    """Numbers and paths of any kind as JSON."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if hasattr(value, "item"):
-        return value.item()
+def as_json(value: Any) -> Any:
+    """Reports as JSON holds them: tensors and numpy numbers as numbers, what is not finite as null, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(v) for v in value]
+    if hasattr(value, "tolist"):
+        return as_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def cache_of(
     store: Store, source: Artifact | Path, spent: dict[str, float], device: torch.device
-) -> Callable[..., dict[str, Tensor]]:
+) -> Cache:
     """The `cache` that `UnlearningMethod.prepare` gets: tensors kept with the original model, with what they cost."""
 
     def cache(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -429,13 +385,7 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
 
 
 def source_name(source: Artifact | Path) -> str:
-    return source.key if isinstance(source, Artifact) else f"{source.name} (sha256 {digest(source)[:12]})"
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return source.key if isinstance(source, Artifact) else f"{source.name} (sha256 {sha256(source)[:12]})"
 
 
 def synchronise(model: Learner) -> None:

@@ -14,6 +14,7 @@ from . import progress
 from .data import ForgetDataModule
 from .learner import Learner
 from .method import UnlearningMethod
+from .store import Store
 
 CHECKPOINT_SECONDS = 30.0  # an interrupted training loses at most this much, and an epoch
 
@@ -51,8 +52,11 @@ class Trainer(lightning.Trainer):
         unlearn_seed: int = 0,
         original: str | None = None,
         retrained: list[str] | None = None,
-    ) -> None:
-        """Unlearn the forget set, evaluate, and store the unlearned model.
+    ) -> tuple[Learner, dict[str, Any]]:
+        """Unlearn the forget set and evaluate.
+
+        Called from Python it returns the unlearned model with its comparison and stores nothing; `model` stays as it
+        is. The command also stores the model.
 
         Args:
             model: what was trained.
@@ -60,11 +64,15 @@ class Trainer(lightning.Trainer):
             method: the unlearning method, by class name: --method=SSD --method.alpha=10.
             unlearn_seed: seed of everything that unlearning draws; the training seed is --seed_everything.
             original: the original model, as an artifact key or a checkpoint file; by default the stored model of this
-                recipe.
+                recipe (in Python, `model` itself).
             retrained: retrained models to compare with, as artifact keys or checkpoint files; by default every stored
-                retraining of this recipe and forget rule.
+                retraining of this recipe and forget rule (in Python, none).
         """
-        raise NotImplementedError("`vislearn.runs.unlearn` does the work; this signature makes the command line")
+        from . import runs  # it stands on this module
+
+        return runs.unlearn_in_memory(
+            model, datamodule, method, self, unlearn_seed, original, retrained or [], Store()
+        )
 
     def evaluate(
         self,
@@ -73,7 +81,7 @@ class Trainer(lightning.Trainer):
         original: str,
         unlearned: str,
         retrained: list[str] | None = None,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Audit an original, an unlearned and retrained models without training anything.
 
         Args:
@@ -83,7 +91,9 @@ class Trainer(lightning.Trainer):
             unlearned: the unlearned model, likewise.
             retrained: the retrained models, likewise; a gap needs at least one, an interval two.
         """
-        raise NotImplementedError("`vislearn.runs.evaluate` does the work; this signature makes the command line")
+        from . import runs
+
+        return runs.evaluate(model, datamodule, Store(), original, unlearned, retrained or [])
 
 
 class Progress(Callback):

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 DRAWS = 2000
 INTERVAL = "95 %, two-way bootstrap over seeds"
 
 
-def gap(unlearned: Sequence[float], retrained: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def gap(unlearned: ArrayLike, retrained: ArrayLike, seed: int = 0) -> dict[str, Any]:
     """Mean over pairs of seeds of |u - r|, with an interval.
 
     Retraining with another seed gives another model, so every pair (unlearned seed, retrained seed) is one draw of the
@@ -18,50 +19,59 @@ def gap(unlearned: Sequence[float], retrained: Sequence[float], seed: int = 0) -
     whenever single models scatter around each other.
 
     Args:
-        unlearned: one value per unlearned model.
-        retrained: one value per retrained model.
+        unlearned: (a,) one value per unlearned model; or (m, a) of m metrics, which are averaged within each pair.
+        retrained: (b,) one value per retrained model; or (m, b).
         seed: seed of the bootstrap.
 
     Returns:
         mean, low, high (None with a single pair, and `note` says so), of_means, pairs, interval.
     """
-    u, r = np.asarray(unlearned, float), np.asarray(retrained, float)
-    distance = np.abs(u[:, None] - r[None, :])
+    u, r = np.atleast_2d(np.asarray(unlearned, float)), np.atleast_2d(np.asarray(retrained, float))
+    distance = np.abs(u[:, :, None] - r[:, None, :]).mean(0)  # (a, b)
     out: dict[str, Any] = {
         "mean": float(distance.mean()), "low": None, "high": None,
-        "of_means": float(abs(u.mean() - r.mean())), "pairs": int(distance.size), "interval": INTERVAL,
+        "of_means": float(np.abs(u.mean(1) - r.mean(1)).mean()), "pairs": int(distance.size), "interval": INTERVAL,
     }  # fmt: skip
     if distance.size < 2:
         out["note"] = "one pair of models: no interval; retrain with at least two more seeds"
         return out
     rng = np.random.default_rng(seed)
-    i = rng.integers(len(u), size=(DRAWS, len(u)))
-    j = rng.integers(len(r), size=(DRAWS, len(r)))
-    draws = distance[i[:, :, None], j[:, None, :]].mean(axis=(1, 2))
-    out["low"], out["high"] = (float(q) for q in np.percentile(draws, [2.5, 97.5]))
+    i = rng.integers(distance.shape[0], size=(DRAWS, distance.shape[0]))
+    j = rng.integers(distance.shape[1], size=(DRAWS, distance.shape[1]))
+    out["low"], out["high"] = ends(distance[i[:, :, None], j[:, None, :]].mean(axis=(1, 2)))
     return out
 
 
-def floor(retrained: Sequence[float], seed: int = 0) -> dict[str, Any] | None:
+def floor(retrained: ArrayLike, seed: int = 0) -> dict[str, Any] | None:
     """Mean |r_i - r_j| over pairs of retrained models: the gap that no method can be expected to beat.
+
+    Args:
+        retrained: (b,) one value per retrained model; or (m, b) of m metrics, which are averaged within each pair.
+        seed: seed of the bootstrap.
 
     Returns:
         mean, low, high (None below three models), pairs; or None with fewer than two retrained models.
     """
-    r = np.asarray(retrained, float)
-    if len(r) < 2:
+    r = np.atleast_2d(np.asarray(retrained, float))
+    models = r.shape[1]
+    if models < 2:
         return None
-    distance = np.abs(r[:, None] - r[None, :])
-    pairs = np.triu_indices(len(r), k=1)
+    distance = np.abs(r[:, :, None] - r[:, None, :]).mean(0)  # (b, b)
+    pairs = np.triu_indices(models, k=1)
     out: dict[str, Any] = {"mean": float(distance[pairs].mean()), "low": None, "high": None, "pairs": len(pairs[0])}
-    if len(r) < 3:
+    if models < 3:
         return out
-    draws = np.random.default_rng(seed).integers(len(r), size=(DRAWS, len(r)))
+    draws = np.random.default_rng(seed).integers(models, size=(DRAWS, models))
     apart = draws[:, pairs[0]] != draws[:, pairs[1]]  # a model drawn twice is no pair
     values = np.where(apart, distance[draws[:, pairs[0]], draws[:, pairs[1]]], 0.0).sum(1)[apart.any(1)]
-    means = values / apart.sum(1)[apart.any(1)]
-    out["low"], out["high"] = (float(q) for q in np.percentile(means, [2.5, 97.5]))
+    out["low"], out["high"] = ends(values / apart.sum(1)[apart.any(1)])
     return out
+
+
+def ends(draws: np.ndarray) -> tuple[float, float]:
+    """The ends of a 95 % interval of draws (n,)."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
