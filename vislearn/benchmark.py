@@ -1,6 +1,7 @@
 """The main job: recipe x forget rules x methods x seeds -> every missing model, then one table and one page."""
 
 import argparse
+import copy
 import datetime
 import difflib
 import json
@@ -14,19 +15,22 @@ from typing import Any
 
 import yaml
 
+from . import audit, runs
 from . import evaluation as ev
-from . import runs
 from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
 from .folders import storage_fault
 from .jobs import Job, Outcome, run_all
+from .measure import TIERS
+from .measures import all_columns
 from .store import Store, key, recipe
 
 JOB_KEYS = {
     "fit": ("seed_everything", "model", "data", "trainer"),
     "unlearn": ("seed_everything", "model", "data", "trainer", "method", "unlearn_seed"),
 }
+MEASURING = {"standard": 0.3, "thorough": 2.0}  # cost of a tier on one model, in epochs of training, roughly
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Plan:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     retrain_seeds: list[int] = field(default_factory=lambda: [1000, 1001, 1002])
     workers: int | None = None
+    evaluation: ev.Tier = "quick"
+    shadows: int = 16
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class Sheet:
     originals: dict[int, str] = field(default_factory=dict)  # seed -> key
     retrained: dict[int, dict[int, str]] = field(default_factory=dict)  # rule -> seed -> key
     unlearned: dict[tuple[int, int], dict[int, str]] = field(default_factory=dict)  # (rule, method) -> seed -> key
+    measured: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # (rule, model) -> keys of what was found
     rows: list[Row] = field(default_factory=list)
     configs: list[dict[str, Any]] = field(default_factory=list)  # rule -> resolved configuration
     files: dict[Path, dict[str, Any]] = field(default_factory=dict)  # what each job reads
@@ -189,9 +196,32 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
                           [sheet.originals[seed]], seed_everything=seed, unlearn_seed=seed)
                 for seed in plan.seeds
             }  # fmt: skip
+    for i, full in enumerate(sheet.configs):
+        measuring(sheet, i, full, plan.evaluation, store)
     # originals first, then the long retrainings, then what waits for the originals
     sheet.jobs.sort(key=lambda j: (j.argv[0] != "fit", j.key not in sheet.originals.values()))
     return sheet
+
+
+def measuring(sheet: Sheet, rule: int, config: Mapping[str, Any], tier: ev.Tier, store: Store) -> None:
+    """Jobs that run the dearer tiers on every model of a rule, each against the original of its seed."""
+    first = next(iter(sheet.originals.values()))
+    groups = [sheet.retrained[rule], sheet.originals, *(v for (i, _), v in sheet.unlearned.items() if i == rule)]
+    for group in groups:
+        for seed, model in group.items():
+            original = sheet.originals.get(seed, first)
+            for each in audit.tiers_up_to(tier):
+                plan = audit.plan_of(model, original, config, each)
+                name = key(plan)
+                if name in sheet.measured.setdefault((rule, model), []):
+                    continue
+                sheet.measured[rule, model].append(name)
+                file = store.root / ".jobs" / f"{name}.yaml"
+                sheet.files[file] = audit.job_config(plan, config, each)
+                title = next(j.title for j in sheet.jobs if j.key == model)
+                argv = ("measure", "-c", str(file), "--store", str(store.root))
+                needs = tuple(dict.fromkeys((original, model)))
+                sheet.jobs.append(Job(argv, name, f"{each} evaluation: {title}", MEASURING[each], needs))
 
 
 def with_rule(data: Any, rule: Any) -> dict[str, Any]:
@@ -218,32 +248,63 @@ def write_jobs(sheet: Sheet, store: Store) -> None:
         raise UserError(f"{reason}: {store.root}; choose another store with --store=DIR") from None
 
 
+Pools = dict[tuple[int, int | None], dict[str, Any]]  # (rule, method or all) -> shadow models by name
+
+
+def ask_shadows(
+    plan: Plan, sheet: Sheet, store: Store, resolve: Resolver, options: argparse.Namespace
+) -> Pools:  # fmt: skip
+    """Train the shadow models of the thorough tier: halves once for a rule, thirds for every method under it."""
+    from .measures.shadows import HALVES, THIRDS
+    from .shadows import Shadows
+
+    pools: Pools = {}
+    for i, full in enumerate(sheet.configs):
+        kinds: list[tuple[int | None, str, Any]] = [(None, HALVES, None)]
+        kinds += [(j, THIRDS, row.config) for j, row in enumerate(sheet.rows)]
+        for j, name, method in kinds:
+            kind: Any = name.rpartition("/")[2]
+            try:
+                shadows = Shadows(full, store, resolve, plan.shadows, kind=kind, method=method)
+                pools[i, j] = {name: shadows.run(options.workers or plan.workers, options.executor)}
+            except UserError as error:  # the numbers without these attacks are still worth their table
+                print(f"no attack with shadow models ({sheet.rows[j].title if j is not None else kind}): {error}")
+    return pools
+
+
 def gather(
-    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, data: Sequence[ForgetDataModule]
+    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, data: Sequence[ForgetDataModule],
+    pools: Mapping[tuple[int, int | None], Mapping[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The stored outputs of every model, turned into the report's numbers, rule by rule."""
     state = {o.job.key: o for o in outcomes}
     rules = []
     known: dict[str, ev.Subject] = {}
 
-    def subjects(keys: Mapping[int, str]) -> list[ev.Subject]:
+    def subjects(rule: int, keys: Mapping[int, str]) -> list[ev.Subject]:
         for seed, name in keys.items():
             if name in store and name not in known:
                 known[name] = runs.artifact_subject(store[name])
                 known[name].seed = seed
-        return [known[name] for name in keys.values() if name in known]
+        out = [copy.copy(known[name]) for name in keys.values() if name in known]
+        for subject in out:  # what was found about a model depends on the rule
+            for found in sheet.measured.get((rule, subject.key), []):
+                if found in store:
+                    audit.attach(subject, store[found])
+        return out
 
-    originals = subjects(sheet.originals)
-    if not originals:
-        raise UserError("no original model could be trained: " + next(o.error for o in outcomes if o.error))
     for i, config in enumerate(sheet.configs):
-        retrained = subjects(sheet.retrained[i])
+        originals = subjects(i, sheet.originals)
+        if not originals:
+            raise UserError("no original model could be trained: " + next(o.error for o in outcomes if o.error))
+        retrained = subjects(i, sheet.retrained[i])
         methods = []
         for j, row in enumerate(sheet.rows):
             keys = sheet.unlearned[i, j]
             failed = [state[k] for k in keys.values() if k in state and state[k].state in ("failed", "skipped")]
             entry: dict[str, Any] = {
-                "name": row.name, "title": row.title, "config": row.config, "subjects": subjects(keys),
+                "name": row.name, "title": row.title, "config": row.config, "subjects": subjects(i, keys),
+                "pools": pools.get((i, j), {}),
                 "needs": needs(row.config["class_path"]),
             }  # fmt: skip
             if failed:
@@ -251,7 +312,7 @@ def gather(
                 entry |= {"status": "diverged" if "diverged" in error else "failed", "error": error}
             methods.append(entry)
         facts = rule_facts(data[i]) | {"config": config["data"]["init_args"]["forget"]}
-        rule = compare(facts, originals, retrained, methods)
+        rule = compare(facts, originals, retrained, methods, data[i], pools.get((i, None)))
         missing = len(plan.retrain_seeds) - len(retrained)
         if missing:
             rule["warnings"].append(
@@ -277,18 +338,34 @@ def results_of(
         "machine": runs.machine() | runs.versions(), "recipe": config,
         "data": {"name": data.name, "classes": list(data.classes), "fingerprint": ledger["fingerprint"],
                  "sizes": {s: len(data.indices[s]) for s in ev.SPLITS}},
-        "columns": columns(rules), "rules": rules, "failures": [], **more,
+        "columns": columns(rules), "graphs": drawn(rules), "rules": rules, "failures": [], **more,
     }  # fmt: skip
 
 
 def columns(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The columns for which there is a number; the accuracy on all test rows only where the test set is not split."""
-    present = {k for r in rules for m in (*r["models"].values(), *r["methods"]) for k in m["metrics"]}
+    groups = [m for r in rules for m in (*r["models"].values(), *r["methods"])]
+    present = {k for m in groups for k in (*m["metrics"], *m.get("to_retrained", {}))}
     if "test_retain/accuracy" in present:
         present.discard("test/accuracy")
-    if any(k.endswith("/accuracy") for k in present):
-        present.discard("forget/loss")
-    return [vars(c) for c in ev.COLUMNS if c.key in present]
+    each = [(c, sorted(k for k in present if fits(c.key, k))) for c in (*all_columns(), *ev.COST)]
+    return [vars(c) | {"key": key, "title": titled(c, key)} for c, keys in each for key in keys]
+
+
+def fits(pattern: str, key: str) -> bool:
+    """Whether a column's key names a number: the same, or all that begin as the key before its `*`."""
+    return pattern == key or (pattern.endswith("*") and key.startswith(pattern[:-1]))
+
+
+def titled(column: ev.Column, key: str) -> str:
+    """The column's title, with what the `*` of its key stands for."""
+    return f"{column.title} {key[len(column.key) - 1:].replace('_', ' ')}" if column.key.endswith("*") else column.title
+
+
+def drawn(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The graphs for which there is a curve."""
+    present = {k for r in rules for m in (*r["models"].values(), *r["methods"]) for k in m.get("curves", {})}
+    return [vars(g) for g in ev.graphs() if g.key in present]
 
 
 def printable(rule: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +392,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog=f"shipped benchmark files: {', '.join(shipped())} (without -c: digits)",
     )  # fmt: skip
     parser.add_argument("-c", "--config", metavar="FILE", help="a benchmark file, or the name of a shipped one")
+    parser.add_argument("--evaluation", choices=TIERS, help="how much is measured: quick (stored outputs, seconds), "
+                        "standard (minutes), thorough (attacks that train; default: the file's, or quick)")
+    parser.add_argument("--shadows", type=int, metavar="N", help="shadow models of the thorough tier, for LiRA and "
+                        "RMIA, and again for U-LiRA of every method (default: the file's, or 16)")
     parser.add_argument("--methods", metavar="A,B", help="only these methods; a dotted path brings in your own class")
     parser.add_argument("--root", metavar="DIR", help="where the data are, in place of the file's data.root")
     parser.add_argument("--store", default="artifacts", help="folder of the stored models (default: artifacts)")
@@ -341,6 +422,8 @@ def main(argv: Sequence[str]) -> int:
     plan = read_plan(options.config)
     if options.methods:
         choose(plan, options.methods)
+    plan.evaluation = options.evaluation or plan.evaluation
+    plan.shadows = options.shadows or plan.shadows
     if options.root:
         data = plan.recipe["data"]
         data = {"class_path": data} if isinstance(data, str) else data
@@ -362,12 +445,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     write_jobs(sheet, store)
     outcomes = run_all(sheet.jobs, store, workers=options.workers or plan.workers, executor=options.executor)
-    rules = gather(plan, sheet, outcomes, store, data)
+    pools = ask_shadows(plan, sheet, store, resolve, options) if plan.evaluation == "thorough" else {}
+    rules = gather(plan, sheet, outcomes, store, data, pools)
     failures = [{"title": o.job.title, "error": o.error, "log": str(store.root / ".logs" / f"{o.job.key}.log")}
                 for o in outcomes if o.state in ("failed", "skipped")]  # fmt: skip
     results = results_of(
         rules, data[0], sheet.configs[0], ["vislearn", "benchmark", *argv], title=plan.title, kind="benchmark",
-        seconds=time.perf_counter() - start, failures=failures,
+        seconds=time.perf_counter() - start, failures=failures, evaluation={"tier": plan.evaluation},
     )  # fmt: skip
     publish(results, store, Path(options.page) if options.page else None, plan.title)
     return 1 if failures else 0

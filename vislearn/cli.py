@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from . import datamodules, methods, progress, runs
+from . import audit, datamodules, methods, progress, runs
 from .arguments import config_of_artifact, fit_command, own_defaults, retrain_command
 from .comparison import flat
 from .data import ForgetDataModule
@@ -30,8 +31,8 @@ class Parser(LightningArgumentParser):
         raise UserError(one_line(message, self))
 
 
-TOP = ("config", "data", "method", "model", "original", "retrained", "seed_everything", "store", "trainer",
-       "unlearn_seed", "unlearned")  # fmt: skip
+TOP = ("config", "data", "downstream", "evaluation", "method", "model", "original", "retrained", "seed_everything",
+       "shadows", "store", "trainer", "unlearn_seed", "unlearned")  # fmt: skip
 RULES = ("ClassForget", "SubclassForget", "RandomForget", "IndexForget", "GroupForget")
 UNKNOWN = re.compile(
     r"(?:[Uu]nrecognized arguments?|[Oo]ption|[Kk]ey|No action for key|Group|accept nested key) *:? *"
@@ -138,7 +139,8 @@ class CLI(LightningCLI):
         parser = self._subcommand_parsers[self.subcommand]
         text = parser.dump(self.config[self.subcommand], skip_unset=False, skip_validation=True)
         out = yaml.safe_load(text)
-        for extra in ("config", "store", "watch", "original", "retrained", "unlearned"):
+        for extra in ("config", "store", "watch", "original", "retrained", "unlearned", "evaluation",
+                      "downstream", "shadows"):  # fmt: skip
             out.pop(extra, None)
         return out
 
@@ -179,11 +181,14 @@ class CLI(LightningCLI):
     def evaluate(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
         """Audit checkpoints; prints the numbers and writes the page."""
         options["retrained"] = options.get("retrained") or []
-        rule = runs.evaluate(model, datamodule, self.artifact_store, **options)
+        tier = options["evaluation"]
+        start = time.perf_counter()
+        rule = runs.evaluate(model, datamodule, self.artifact_store, config=self.plain_config, **options)
         from .benchmark import audit_results
         from .report import write_page
 
         results = audit_results(rule, datamodule, self.plain_config, ["vislearn", *self.argv])
+        results |= {"evaluation": {"tier": tier}, "seconds": time.perf_counter() - start}
         show(rule, results)
         page = Path("audit.html")
         write_page(results, page)
@@ -216,6 +221,9 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
 
     def run() -> None:
+        if argv[0] == "measure":
+            audit.main(argv[1:])
+            return
         with progress.bar(argv[0]):
             CLI(argv, own_defaults(config_of_artifact(argv)))
 

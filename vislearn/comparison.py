@@ -1,6 +1,7 @@
 """One forget rule's numbers: originals, retrained models and methods, as reports, loggers and pages read them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import evaluation as ev
@@ -12,6 +13,8 @@ def compare(
     originals: Sequence[ev.Subject],
     retrained: Sequence[ev.Subject],
     methods: Sequence[Mapping[str, Any]],
+    data: ForgetDataModule | None = None,
+    pools: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All numbers of one forget rule, as the report reads them.
 
@@ -19,13 +22,24 @@ def compare(
         facts: those of `rule_facts`.
         originals: the original model of each seed.
         retrained: retrained models; gaps are absent without any.
-        methods: {"name", "subjects": one per original or seed, and anything that the report should carry along}.
+        methods: {"name", "subjects": one per original or seed, "pools": shadow models that belong to this method, and
+            anything that the report should carry along}.
+        data: what pair measures of the dearer tiers read their rows from.
+        pools: shadow models that every model is asked about with, by the names of their measures.
     """
     sets = {k: v for k, v in facts["sets"].items() if k != "train" and len(v)}
+    benches = Benches(sets, originals, data)
+    benches.first.shared.update(pools or {})
     out: dict[str, Any] = {k: facts[k] for k in ("id", "title", "kind", "config")}
     out["sets"] = {k: len(v) for k, v in sets.items()}
-    out["models"] = {"original": ev.reference(originals, sets), "retrained": ev.reference(retrained, sets)}
+    out["models"] = {
+        "original": ev.reference(originals, benches.of(originals), retrained),
+        "retrained": ev.reference(retrained, benches.of(retrained)),
+    }
     out["floor"] = ev.floors(out["models"]["retrained"]["metrics"])
+    apart = ev.floor_to_retrained(retrained, benches.first)
+    out["floor_to_retrained"] = apart["numbers"]
+    out["models"]["retrained"]["curves"] |= apart["curves"]
     out["warnings"] = [w for s in originals for w in ev.check_original(s, sets)]
     out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
     out["warnings"] += [f"{k}: {note}" for k, reference in out["models"].items() for note in reference["notes"]]
@@ -35,41 +49,90 @@ def compare(
             f"{2 - len(retrained)} more needed for one, {3 - len(retrained)} for an interval"
         )
         out["warnings"].append(out["floor_note"])
-    times = [s.seconds for s in retrained if s.seconds]
-    out["methods"] = [entry(m, originals, out["models"]["retrained"], sets, times) for m in methods]
+    out["methods"] = [entry(m, retrained, out["models"]["retrained"]["metrics"], benches) for m in methods]
     return out
 
 
+class Benches:
+    """What the measures of one forget rule see: one bench per original model, found by the seed of a model."""
+
+    def __init__(self, sets: ev.Sets, originals: Sequence[ev.Subject], data: ForgetDataModule | None) -> None:
+        self.originals = {s.seed: s for s in originals}
+        self.first = ev.Bench(sets, originals[0], data)
+        self.sets = sets
+        self._by_seed = {
+            seed: self.first if s is originals[0] else ev.Bench(sets, s, data, shared=self.first.shared)
+            for seed, s in self.originals.items()
+        }  # fmt: skip
+
+    def of(self, subjects: Sequence[ev.Subject]) -> list[ev.Bench]:
+        """The bench of each model: that of the original of its seed, or the first."""
+        return [self._by_seed.get(s.seed, self.first) for s in subjects]
+
+
 def entry(
-    method: Mapping[str, Any], originals: Sequence[ev.Subject], retrained: Mapping[str, Any],
-    sets: ev.Sets, retrain_seconds: Sequence[float],
-) -> dict[str, Any]:  # fmt: skip
-    """One method under one rule."""
+    method: Mapping[str, Any], retrained: Sequence[ev.Subject], theirs: Mapping[str, list[float]], benches: Benches
+) -> dict[str, Any]:
+    """One method under one rule; `theirs` are the numbers of the retrained models."""
     subjects: Sequence[ev.Subject] = method.get("subjects", ())
-    row = {k: v for k, v in method.items() if k != "subjects"} | {"status": method.get("status", "done")}
+    row = {k: v for k, v in method.items() if k not in ("subjects", "pools")} | {"status": method.get("status", "done")}
     row.setdefault("title", row["name"])
-    numbers, notes = ev.table(subjects, sets)
+    own = benches.of(subjects)
+    found = ev.table(subjects, own)
+    numbers, notes = found["metrics"], found["notes"]
     seconds = [s.seconds for s in subjects if s.seconds is not None]
     if subjects and len(seconds) == len(subjects):
         numbers["time/unlearn"] = seconds
-        if retrain_seconds:
-            mean = sum(retrain_seconds) / len(retrain_seconds)
+        times = [s.seconds for s in retrained if s.seconds]
+        if times:
+            mean = sum(times) / len(times)
             numbers["time/speedup"] = [mean / max(s, 1e-9) for s in seconds]
     prepare = [s.prepare_seconds for s in subjects if s.prepare_seconds]
     if subjects and len(prepare) == len(subjects):
         numbers["time/prepare"] = prepare
-    by_seed = {s.seed: s for s in originals}
-    found: list[str] = []  # a flag makes the numbers suspect, a note is what the method says of itself
-    for s in subjects:
-        found += ev.flags(s, by_seed.get(s.seed, originals[0]), sets)
+    flags: list[str] = []  # a flag makes the numbers suspect, a note is what the method says of itself
+    for s, bench in zip(subjects, own, strict=True):
+        flags += ev.flags(s, bench.original, benches.sets)
         notes += s.report.get("warnings", [])
-    row["flags"], row["notes"] = (one_per_kind(texts, len(subjects)) for texts in (found, notes))
+    theirs, reference = with_pools(method.get("pools") or {}, subjects, retrained, benches, found, theirs)
+    distances = ev.to_retrained(subjects, retrained, own)
+    notes += distances["notes"]
+    row["flags"], row["notes"] = (one_per_kind(texts, len(subjects)) for texts in (flags, notes))
     row |= {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects], "metrics": numbers,
-        "gap": ev.gaps(numbers, retrained["metrics"]), "per_class": ev.class_bars(subjects),
+        "curves": found["curves"] | distances["curves"], "to_retrained": distances["to_retrained"],
+        "reference": reference, "gap": ev.gaps(numbers, theirs), "per_class": ev.class_bars(subjects),
         "report": subjects[0].report if subjects else {},
     }  # fmt: skip
     return row
+
+
+def with_pools(
+    pools: Mapping[str, Any], subjects: Sequence[ev.Subject], retrained: Sequence[ev.Subject], benches: Benches,
+    found: dict[str, Any], theirs: Mapping[str, list[float]],
+) -> tuple[Mapping[str, list[float]], dict[str, Any]]:  # fmt: skip
+    """Ask shadow models that were unlearned by one method about its models, the originals and the retrained ones.
+
+    Adds to `found`, what is known of the method's models.
+
+    Returns:
+        The numbers of the retrained models with those of the pools, and what the pools say of the two references.
+    """
+    if not pools or not subjects:
+        return theirs, {}
+    groups = {"unlearned": subjects, "original": list(benches.originals.values()), "retrained": retrained}
+    said: dict[str, dict[str, Any]] = {}
+    for name, models in groups.items():
+        each = []
+        for subject, bench in zip(models, benches.of(models), strict=True):
+            bench = replace(bench, shared={**bench.shared, **pools})
+            each.append(ev.asked(subject, bench, list(pools)))
+        said[name] = ev.side_by_side(models, each)
+    for part in ("metrics", "curves"):
+        found[part].update(said["unlearned"][part])
+    found["notes"] += said["unlearned"]["notes"]
+    reference = {name: {k: said[name][k] for k in ("metrics", "curves")} for name in ("original", "retrained")}
+    return {**theirs, **said["retrained"]["metrics"]}, reference
 
 
 def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:

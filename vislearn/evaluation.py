@@ -3,70 +3,47 @@
 Each model sees each row once (`predict`); what follows never needs a model again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from . import progress
 from .data import ForgetDataModule, batches
-from .errors import UserError
 from .learner import Learner
-from .metrics.accuracy import accuracy, mean_loss, per_class_accuracy
-from .metrics.gap import floor, gap
-from .metrics.membership import entropy_attack
+from .measure import SPLITS, Bench, Column, Found, Measure, Predictions, Sets, Subject, Tier, channels_last, evaluating
+from .measures import MEASURES, column, graphs
+from .measures.sets import set_metrics
+from .metrics.accuracy import accuracy, per_class_accuracy
+from .metrics.gap import floor, gap, over_pairs, over_pairs_within
 
-Sets = Mapping[str, Tensor]  # name of a set -> its ids
-SPLITS = ("train", "val", "test")
-
-
-class Predictions(NamedTuple):
-    """Outputs of one model on one split: outputs (n, k) logits or (n,) values, targets (n,), ids (n,) ascending."""
-
-    outputs: Tensor
-    targets: Tensor
-    ids: Tensor
-
-    def of(self, ids: Tensor) -> "Predictions":
-        """The rows of these ids, in the order given."""
-        where = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
-        if len(ids) and not torch.equal(self.ids[where], ids):
-            raise UserError("the stored outputs lack rows of this set; audit the checkpoint with `vislearn evaluate`")
-        return Predictions(self.outputs[where], self.targets[where], ids)
+__all__ = ["SPLITS", "Bench", "Column", "Found", "Predictions", "Sets", "Subject", "Tier",
+           "graphs"]  # fmt: skip
 
 
 @torch.inference_mode()
 def predict(model: Learner, data: ForgetDataModule, batch_size: int = 128) -> dict[str, Predictions]:
     """One pass over train, val and test, in eval mode and float32; every module gets its flag back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     device = next(model.parameters()).device
     out = {}
-    for split in SPLITS:
-        if not len(data.indices[split]):  # no validation split was asked for
-            continue
-        loader = data.loader(split, train=False, batch_size=batch_size)
-        rows = []
-        for x, y in batches(loader, device):
-            # channels last: 1.3 times the images per second for a ResNet-20 on a processor, at this batch size
-            rows.append((model(channels_last(x)).float().cpu(), y.cpu()))
-            progress.report(len(rows) / len(loader), f"evaluating {split}")
-        out[split] = Predictions(
-            torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), torch.as_tensor(loader.ids)
-        )
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        for split in SPLITS:
+            if not len(data.indices[split]):  # no validation split was asked for
+                continue
+            loader = data.loader(split, train=False, batch_size=batch_size)
+            rows = []
+            for x, y in batches(loader, device):
+                # channels last: 1.3 times the images per second for a ResNet-20 on a processor, at this batch size
+                rows.append((model(channels_last(x)).float().cpu(), y.cpu()))
+                progress.report(len(rows) / len(loader), f"evaluating {split}")
+            out[split] = Predictions(
+                torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), torch.as_tensor(loader.ids)
+            )
     return out
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images (b, c, h, w) with the channels of a pixel side by side in memory; features as they are."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def save_outputs(predictions: Mapping[str, Predictions], path: Path) -> None:
@@ -82,53 +59,7 @@ def load_outputs(path: Path) -> dict[str, Predictions]:
     return {s: Predictions(*(tensors[f"{s}/{n}"] for n in Predictions._fields)) for s in stored}
 
 
-@dataclass
-class Subject:
-    """One model under evaluation: its outputs, and where it comes from."""
-
-    predictions: Mapping[str, Predictions]
-    key: str = ""
-    seed: int = 0
-    seconds: float | None = None  # of training or unlearning
-    prepare_seconds: float | None = None
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def on(self, name: str, sets: Sets) -> Predictions:
-        """The predictions on a set: forget and retain are rows of train, test_forget of test, and so on."""
-        split = name.split("_")[0]
-        return self.predictions[split if split in SPLITS else "train"].of(sets[name])
-
-    @property
-    def classes(self) -> int:
-        """Number of classes; 0 for a regressor."""
-        outputs = self.predictions["test"].outputs
-        return outputs.shape[1] if outputs.ndim == 2 else 0
-
-
-@dataclass(frozen=True)
-class Column:
-    """How a metric is printed."""
-
-    key: str
-    title: str
-    help: str
-    unit: str = "%"
-    better: str | None = "retrained"
-
-
-COLUMNS = (
-    Column("forget/accuracy", "Forget acc.", "accuracy on D_f, the training rows to forget; UA is 100 minus this"),
-    Column("retain/accuracy", "Retain acc.", "accuracy on D_r, the other training rows (RA)"),
-    Column("test_retain/accuracy", "Test acc. (kept)", "accuracy on the test rows without what is forgotten (TA)"),
-    Column("test_forget/accuracy", "Test acc. (forgotten)", "accuracy on the test rows of what is forgotten"),
-    Column("test/accuracy", "Test acc.", "accuracy on all test rows"),
-    Column("forget/mia_entropy", "MIA", "share of D_f that the entropy attack takes for members; the target is the "
-           "retrained model's own value, not 0 and not 50 %. The attacker sees the model's outputs, and knows rows of "
-           "the retain set (members) and the validation set (non-members) to fit on"),
-    Column("forget/mae", "Forget MAE", "mean absolute error on D_f", ""),
-    Column("retain/mae", "Retain MAE", "mean absolute error on D_r", ""),
-    Column("test/mae", "Test MAE", "mean absolute error on the test rows", ""),
-    Column("forget/loss", "Forget loss", "mean loss on D_f, in nats for a classifier", "nats"),
+COST = (
     Column("time/unlearn", "Unlearn", "seconds of unlearning, without evaluation, storage and imports", "s", "low"),
     Column("time/prepare", "Prepare", "seconds spent once per original model and shared by later requests", "s", "low"),
     Column("time/speedup", "Speed-up", "seconds of retraining over seconds of unlearning, same machine", "x", "high"),
@@ -136,58 +67,142 @@ COLUMNS = (
 MEAN_GAP = ("forget/accuracy", "retain/accuracy", "test_retain/accuracy", "forget/mia_entropy")
 
 
-def set_metrics(p: Predictions) -> dict[str, float]:
-    """Accuracy and cross-entropy of a classifier on one set; MAE, RMSE and squared loss of a regressor."""
-    if p.outputs.ndim == 2:
-        return {"accuracy": accuracy(p.outputs, p.targets), "loss": mean_loss(p.outputs, p.targets)}
-    error = (p.outputs - p.targets).double()
-    mse = error.square().mean().item()
-    return {"mae": error.abs().mean().item(), "rmse": mse**0.5, "loss": mse}
+def quick(kind: str, classes: int) -> list[Measure]:
+    """The measures of one kind that read stored outputs only and have a meaning for these learners."""
+    return [m for m in MEASURES if m.of == kind and m.tier == "quick" and serves(m, classes)]
 
 
-def membership(subject: Subject, sets: Sets) -> tuple[dict[str, float], list[str]]:
-    """The entropy attack of the SSD paper: fitted on retain against validation rows, asked about the forget set."""
-    if not subject.classes:
-        return {}, []
-    if "val" not in subject.predictions:
-        return {}, ["no membership attack: it fits on validation rows, and there are none; keep some with "
-                    "--data.val_fraction=0.1"]  # fmt: skip
-    members, others, asked = (subject.on(name, sets).outputs for name in ("retain", "val", "forget"))
-    attack = entropy_attack(members, others, asked)
-    if np.isnan(attack.score):
-        return {}, [f"no membership attack: {attack.reason}"]
-    return {"forget/mia_entropy": attack.score}, []
+def serves(measure: Measure, classes: int) -> bool:
+    """Whether a measure has a meaning for a classifier (classes above 0) or a regressor."""
+    return measure.serves in ("both", "classifier" if classes else "regressor")
 
 
-# a family of metrics gives its numbers, and a sentence for each that cannot be had
-FAMILIES: tuple[Callable[[Subject, Sets], tuple[dict[str, float], list[str]]], ...] = (membership,)
+def metrics(subject: Subject, bench: Bench) -> Found:
+    """Every number of one model, dearer ones as far as they were made, and in words what cannot be had."""
+    out = Found()
+    for measure in quick("model", subject.classes):
+        out.update(measure.function(subject, bench))
+    if subject.found is not None:
+        out.update(subject.found)
+    out.update(asked(subject, bench, [name for name in bench.shared if isinstance(name, str)]))
+    return out
 
 
-def metrics(subject: Subject, sets: Sets) -> tuple[dict[str, float], list[str]]:
-    """Every number of one model that needs no other model, and in words what cannot be had: absent, never zero."""
-    out: dict[str, float] = {}
-    notes: list[str] = []
-    for name in sets:
-        if name != "train" and len(sets[name]):
-            out |= {f"{name}/{metric}": value for metric, value in set_metrics(subject.on(name, sets)).items()}
-    for family in FAMILIES:
-        found, missing = family(subject, sets)
-        out |= found
-        notes += missing
-    return out, notes
+def asked(subject: Subject, bench: Bench, pools: Sequence[str]) -> Found:
+    """What the shadow models in these pools of the bench say about a model."""
+    out = Found()
+    for measure in MEASURES:
+        if measure.pool in pools and serves(measure, subject.classes):
+            out.update(measure.function(subject, bench))
+    return out
+
+
+def unit(key: str) -> str:
+    """The unit in which a number is printed."""
+    found = column(key)
+    return found.unit if found else "%" if key.endswith("accuracy") else ""
 
 
 def scale(key: str) -> float:
     """Percentage points for shares, the plain unit for the rest."""
-    return 100.0 if key.endswith(("accuracy", "mia_entropy")) else 1.0
+    return 100.0 if unit(key) == "%" else 1.0
 
 
-def table(subjects: Sequence[Subject], sets: Sets) -> tuple[dict[str, list[float]], list[str]]:
-    """Metric -> one value per model, and notes; a metric that one of the models lacks is left out."""
-    each = [metrics(s, sets) for s in subjects]
-    notes = [note for _, found in each for note in found]
-    shared = {k: [m[k] for m, _ in each] for k in each[0][0] if all(k in m for m, _ in each)} if each else {}
-    return shared, notes
+def table(subjects: Sequence[Subject], benches: Sequence[Bench]) -> dict[str, Any]:
+    """Several models of one kind: metric -> one value per model, curves likewise, and notes."""
+    return side_by_side(subjects, [metrics(s, bench) for s, bench in zip(subjects, benches, strict=True)])
+
+
+def side_by_side(subjects: Sequence[Subject], each: Sequence[Found]) -> dict[str, Any]:
+    """What was found about each of several models, by key; a metric that one of the models lacks is left out."""
+    shared = [k for k in each[0].numbers if all(k in f.numbers for f in each)] if each else []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for subject, found in zip(subjects, each, strict=True):
+        for key, c in found.curves.items():
+            curves.setdefault(key, []).append({"x": list(c.x), "y": list(c.y), "seed": subject.seed})
+    return {
+        "metrics": {k: [f.numbers[k] for f in each] for k in shared},
+        "curves": curves, "notes": [note for f in each for note in f.notes],
+    }  # fmt: skip
+
+
+def to_retrained(subjects: Sequence[Subject], retrained: Sequence[Subject], benches: Sequence[Bench]) -> dict[str, Any]:
+    """Distances of models to the retrained models: key -> mean over pairs with its interval; curves; and notes.
+
+    Args:
+        subjects: original or unlearned models.
+        retrained: the retrained models.
+        benches: one per model of `subjects`.
+    """
+    if not subjects or not retrained:
+        return {"to_retrained": {}, "curves": {}, "notes": []}
+    each = zip(subjects, benches, strict=True)
+    rows = [[between(subject, other, bench) for other in retrained] for subject, bench in each]
+    shared = [k for k in rows[0][0].numbers if all(k in found.numbers for row in rows for found in row)]
+    numbers = {k: over_pairs(np.array([[f.numbers[k] for f in row] for row in rows]) * scale(k)) for k in shared}
+    groups, notes = of_runs(subjects, retrained, benches[0])
+    return {
+        "to_retrained": numbers | groups,
+        "curves": {k: v for k, v in mean_curves(rows, [s.seed for s in subjects]).items() if v},
+        "notes": [*(note for row in rows for found in row for note in found.notes), *notes],
+    }  # fmt: skip
+
+
+def mean_curves(rows: Sequence[Sequence[Found]], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Curves of pair measures, averaged over the second model of the pairs: one per row."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row, seed in zip(rows, seeds, strict=True):
+        for key, first in row[0].curves.items():
+            each = [found.curves[key] for found in row if key in found.curves]
+            if all(list(c.x) == list(first.x) for c in each):
+                y = np.mean([c.y for c in each], axis=0).tolist()
+                out.setdefault(key, []).append({"x": list(first.x), "y": y, "seed": seed})
+    return out
+
+
+def between(a: Subject, b: Subject, bench: Bench) -> Found:
+    """How far a model is from a retrained model, by every pair measure there is something for."""
+    out = Found()
+    for measure in MEASURES:
+        if measure.of == "pair" and serves(measure, a.classes) and (measure.tier == "quick" or measured(a, b)):
+            out.update(measure.function(a, b, bench))
+    return out
+
+
+def measured(*subjects: Subject) -> bool:
+    """Whether the dearer tiers were run for all of these models."""
+    return all(s.found is not None for s in subjects)
+
+
+def of_runs(
+    subjects: Sequence[Subject], retrained: Sequence[Subject], bench: Bench
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What is defined on groups of runs, in the form of `over_pairs`, without an interval."""
+    out = Found()
+    for measure in quick("runs", subjects[0].classes):
+        out.update(measure.function(subjects, retrained, bench))
+    numbers = {
+        k: {"mean": v * scale(k), "low": None, "high": None, "pairs": 1} for k, v in out.numbers.items()
+    }  # fmt: skip
+    return numbers, out.notes
+
+
+def floor_to_retrained(retrained: Sequence[Subject], bench: Bench) -> dict[str, Any]:
+    """The distances between retrained models, what no method can be expected to beat: numbers by key, and curves."""
+    if len(retrained) < 2:
+        return {"numbers": {}, "curves": {}}
+    pairs = list(combinations(range(len(retrained)), 2))
+    each = [between(retrained[i], retrained[j], bench) for i, j in pairs]
+    numbers = {}
+    for key in each[0].numbers:
+        if all(key in found.numbers for found in each):
+            grid = np.zeros((len(retrained), len(retrained)))
+            for (i, j), found in zip(pairs, each, strict=True):
+                grid[i, j] = grid[j, i] = found.numbers[key] * scale(key)
+            numbers[key] = over_pairs_within(grid)
+    half = len(retrained) // 2
+    numbers |= of_runs(retrained[:half], retrained[half:], bench)[0]
+    return {"numbers": numbers, "curves": mean_curves([each], [retrained[0].seed])}
 
 
 def class_bars(subjects: Sequence[Subject]) -> list[float | None]:
@@ -199,12 +214,17 @@ def class_bars(subjects: Sequence[Subject]) -> list[float | None]:
     return [None if np.isnan(v) else float(v) for v in mean]
 
 
-def reference(subjects: Sequence[Subject], sets: Sets) -> dict[str, Any]:
+def reference(
+    subjects: Sequence[Subject], benches: Sequence[Bench], retrained: Sequence[Subject] = ()
+) -> dict[str, Any]:
     """The original or the retrained models, as the report draws them."""
-    numbers, notes = table(subjects, sets)
+    numbers = table(subjects, benches)
+    distances = to_retrained(subjects, retrained, benches)
     return {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects],
-        "metrics": numbers, "notes": list(dict.fromkeys(notes)), "per_class": class_bars(subjects),
+        "metrics": numbers["metrics"], "curves": numbers["curves"] | distances["curves"],
+        "to_retrained": distances["to_retrained"],
+        "notes": list(dict.fromkeys(numbers["notes"] + distances["notes"])), "per_class": class_bars(subjects),
         "seconds": [s.seconds for s in subjects],
     }  # fmt: skip
 

@@ -195,17 +195,32 @@ def unlearn_in_memory(
 
 
 def evaluate(
-    model: Learner, data: ForgetDataModule, store: Store, original: str, unlearned: str, retrained: Sequence[str]
-) -> dict[str, Any]:
+    model: Learner, data: ForgetDataModule, store: Store, original: str, unlearned: str, retrained: Sequence[str],
+    evaluation: ev.Tier = "quick", config: dict | None = None, downstream: ForgetDataModule | None = None,
+    shadows: int = 16, workers: int | None = None, say: Say = print,
+) -> dict[str, Any]:  # fmt: skip
     """Audit three kinds of models without training; returns one rule's entry of the results."""
+    from . import audit
+
     data.setup()
     if "forget" not in data.indices:
         raise UserError("an audit needs the forget set: --data.forget=ClassForget --data.forget.classes=[3]")
     first = load_subject(original, model, data, store)
     last = load_subject(unlearned, model, data, store)
     others = [load_subject(r, model, data, store) for r in retrained]
-    row = {"name": "unlearned", "title": Path(unlearned).name, "subjects": [last]}
-    return compare(rule_facts(data), [first], others, [row])
+    facts = rule_facts(data)
+    if evaluation != "quick":
+        sets = {k: v for k, v in facts["sets"].items() if k != "train" and len(v)}
+        subjects = [first, last, *others]
+        bench = ev.Bench(sets, first, data, downstream=downstream)
+        say(audit.expected(evaluation, subjects, bench))
+        audit.evaluated(subjects, bench, evaluation, store, config or {})
+    row: dict[str, Any] = {"name": "unlearned", "title": Path(unlearned).name, "subjects": [last]}
+    pools: dict[str, Any] = {}
+    if evaluation == "thorough":
+        method = store[last.key].config.get("method") if last.key in store else None
+        pools, row["pools"] = audit.shadow_pools(config or {}, method, store, shadows, workers, say)
+    return compare(facts, [first], others, [row], data, pools)
 
 
 # loading
@@ -231,8 +246,9 @@ def artifact_subject(artifact: Artifact) -> ev.Subject:
     seed = artifact.recipe.get("seed_everything", 0)
     report = (artifact.report or {}).get("method", {})
     return ev.Subject(
-        ev.load_outputs(artifact.outputs), artifact.key, seed, meta.get("seconds"), meta.get("prepare_seconds"), report
-    )
+        ev.load_outputs(artifact.outputs), artifact.key, seed, meta.get("seconds"), meta.get("prepare_seconds"), report,
+        load=lambda: load_learner(artifact),
+    )  # fmt: skip
 
 
 def load_subject(where: str, model: Learner, data: ForgetDataModule, store: Store) -> ev.Subject:
@@ -245,7 +261,7 @@ def load_subject(where: str, model: Learner, data: ForgetDataModule, store: Stor
     load_weights(source, learner)
     predictions = ev.predict(learner, data)
     check_finite(predictions, where, "the checkpoint is damaged")
-    return ev.Subject(predictions, where, -1)
+    return ev.Subject(predictions, where, -1, load=lambda: learner)
 
 
 def load_learner(artifact: Artifact) -> Learner:

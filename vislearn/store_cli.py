@@ -132,7 +132,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def kind(recipe: Mapping[str, Any]) -> str:
-    """Say which of the three models a recipe makes: original, retrained or unlearned."""
+    """Say what a recipe makes: an original, retrained or unlearned model, or what was measured on one."""
+    if recipe.get("measure"):
+        return "measure"
     if recipe.get("method"):
         return "unlearned"
     return "retrained" if _forget(recipe) else "original"
@@ -209,6 +211,11 @@ def _row(artifact: Artifact, varying: Mapping[str, set[str]]) -> tuple[str, ...]
         made = artifact.recipe
     except UserError:
         return (artifact.key, "damaged", "?", "?", "?", "?", "?", size, age)
+    if made.get("measure"):
+        tier = made["measure"]["tier"]
+        of = f"{tier} evaluation of {made['of']}"
+        seed = str(made["measure"]["seed"])
+        return (artifact.key, kind(made), of, _class(made.get("data")), "-", "-", seed, size, age)
     seed = str(made.get("seed_everything"))
     if made.get("method"):
         seed += f"/{made.get('unlearn_seed')}"

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from . import progress
 from .data import ForgetDataModule
 from .learner import Learner
+from .measure import Tier
 from .method import UnlearningMethod
 from .store import Store
 
@@ -81,6 +82,9 @@ class Trainer(lightning.Trainer):
         original: str,
         unlearned: str,
         retrained: list[str] | None = None,
+        evaluation: Tier = "quick",
+        downstream: ForgetDataModule | None = None,
+        shadows: int = 16,
     ) -> dict[str, Any]:
         """Audit an original, an unlearned and retrained models without training anything.
 
@@ -90,10 +94,15 @@ class Trainer(lightning.Trainer):
             original: the original model: an artifact key, or a .safetensors, .ckpt, .pt or .pth file.
             unlearned: the unlearned model, likewise.
             retrained: the retrained models, likewise; a gap needs at least one, an interval two.
+            evaluation: how much is measured: `quick` reads outputs (seconds), `standard` also looks into the models
+                (minutes), `thorough` trains attacks; the expected time is said first.
+            downstream: other data on which the features are tried, at the standard tier.
+            shadows: shadow models of the thorough tier, for LiRA and RMIA, and again for U-LiRA.
         """
         from . import runs
 
-        return runs.evaluate(model, datamodule, Store(), original, unlearned, retrained or [])
+        return runs.evaluate(model, datamodule, Store(), original, unlearned, retrained or [], evaluation,
+                             downstream=downstream, shadows=shadows)  # fmt: skip
 
 
 class Progress(Callback):

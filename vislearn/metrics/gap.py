@@ -27,10 +27,23 @@ def gap(unlearned: ArrayLike, retrained: ArrayLike, seed: int = 0) -> dict[str, 
         mean, low, high (None with a single pair, and `note` says so), of_means, pairs, interval.
     """
     u, r = np.atleast_2d(np.asarray(unlearned, float)), np.atleast_2d(np.asarray(retrained, float))
-    distance = np.abs(u[:, :, None] - r[:, None, :]).mean(0)  # (a, b)
+    distance = np.abs(u[:, :, None] - r[:, None, :]).mean(0)
+    return over_pairs(distance, seed) | {"of_means": float(np.abs(u.mean(1) - r.mean(1)).mean())}
+
+
+def over_pairs(distance: ArrayLike, seed: int = 0) -> dict[str, Any]:
+    """Mean of distances between models of two groups, with a two-way bootstrap interval over both.
+
+    Args:
+        distance: (a, b) between model i of the first and model j of the second group.
+        seed: seed of the bootstrap.
+
+    Returns:
+        mean, low, high (None with a single pair, and `note` says so), pairs, interval.
+    """
+    distance = np.asarray(distance, float)
     out: dict[str, Any] = {
-        "mean": float(distance.mean()), "low": None, "high": None,
-        "of_means": float(np.abs(u.mean(1) - r.mean(1)).mean()), "pairs": int(distance.size), "interval": INTERVAL,
+        "mean": float(distance.mean()), "low": None, "high": None, "pairs": int(distance.size), "interval": INTERVAL,
     }  # fmt: skip
     if distance.size < 2:
         out["note"] = "one pair of models: no interval; retrain with at least two more seeds"
@@ -53,10 +66,23 @@ def floor(retrained: ArrayLike, seed: int = 0) -> dict[str, Any] | None:
         mean, low, high (None below three models), pairs; or None with fewer than two retrained models.
     """
     r = np.atleast_2d(np.asarray(retrained, float))
-    models = r.shape[1]
-    if models < 2:
+    if r.shape[1] < 2:
         return None
-    distance = np.abs(r[:, :, None] - r[:, None, :]).mean(0)  # (b, b)
+    return over_pairs_within(np.abs(r[:, :, None] - r[:, None, :]).mean(0), seed)
+
+
+def over_pairs_within(distance: ArrayLike, seed: int = 0) -> dict[str, Any]:
+    """Mean of distances within one group, with a bootstrap interval over its models.
+
+    Args:
+        distance: (b, b), symmetric; the diagonal is not looked at.
+        seed: seed of the bootstrap.
+
+    Returns:
+        mean, low, high (None below three models), pairs.
+    """
+    distance = np.asarray(distance, float)
+    models = len(distance)
     pairs = np.triu_indices(models, k=1)
     out: dict[str, Any] = {"mean": float(distance[pairs].mean()), "low": None, "high": None, "pairs": len(pairs[0])}
     if models < 3:

@@ -1,0 +1,27 @@
+"""Every measure there is: the functions of `vislearn.metrics` bound to models under evaluation.
+
+A new one is a function and a line in the `MEASURES` of its file.
+"""
+
+from ..measure import Column, Graph, Measure
+from . import sets
+
+MEASURES: tuple[Measure, ...] = (*sets.MEASURES,)
+
+
+def column(key: str) -> Column | None:
+    """How a number is printed; None for one that no measure names."""
+    for each in all_columns():
+        if each.key == key or (each.key.endswith("*") and key.startswith(each.key[:-1])):
+            return each
+    return None
+
+
+def all_columns() -> list[Column]:
+    """The columns of every measure, in the order of the report."""
+    return [c for m in MEASURES for c in m.columns]
+
+
+def graphs() -> list[Graph]:
+    """The graphs of every measure, in the order of the report."""
+    return [g for m in MEASURES for g in m.graphs]
