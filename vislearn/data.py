@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .augment import Augment
 from .errors import UserError
-from .forget import Forget, Labels, checked
+from .forget import Forget, HoldOut, Labels, checked
 from .loader import Loader, ZippedLoaders, batches, zip_loaders
 from .sources import Files, Memory, Source, sha256
 
@@ -63,6 +63,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         split_seed: seed of the validation split.
         forget: what is to be forgotten, for example ClassForget; none trains on the whole training set.
         augment: whether to augment training images.
+        hold_out: rows of the official training split that are in no set, for models that must never have seen them,
+            such as shadow models; none by default.
     """
 
     name: str  # type: ignore[assignment] # Lightning's is None until it is set
@@ -82,6 +84,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         split_seed: int = 0,
         forget: Forget | None = None,
         augment: bool = True,
+        hold_out: HoldOut | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -95,6 +98,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         self.name = type(self).__name__
         self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
         self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
+        self.hold_out = hold_out
+        self.held_out = torch.empty(0, dtype=torch.int64)  # after `setup`: rows of the training split in no set
         self.indices: dict[str, Tensor] = {}
         self.read: set[str] = set()  # the sets that were read since `reading` was entered last
         self._allowed: frozenset[str] | None = None
@@ -119,6 +124,9 @@ class ForgetDataModule(LightningDataModule, ABC):
         size = max(1, int(self.val_fraction * n + 1e-9)) if self.val_fraction else 0
         val, train = order[:size].sort().values, order[size:].sort().values
         test_labels = self.labels(train=False)
+        if self.hold_out is not None:
+            train, val = self.hold_out.divide(train, val)
+            self.held_out = order[~torch.isin(order, torch.cat([train, val]))].sort().values
         sets = {"train": train, "val": val, "test": torch.arange(len(test_labels)), "retain": train}
         if self.forget is not None:
             forget = checked(self.forget, self.forget.indices(labels, train), train, n)
@@ -191,6 +199,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         else:
             parts = {n for n in ("forget", "retain", "val") if n in self.indices
                      and bool(torch.isin(name, self.indices[n]).any())}  # fmt: skip
+            if torch.isin(name, self.held_out).any():
+                parts.add("rows held out")
         self.read |= parts
         allowed = self._allowed | ({"forget", "retain"} if "train" in self._allowed else set())
         if "train" not in allowed and {"forget", "retain"} <= allowed:
@@ -241,7 +251,10 @@ class ForgetDataModule(LightningDataModule, ABC):
         """The split ledger: which row is in which set, and what the rows are."""
         self.setup()
         sets = {n: {"ids": ids.tolist(), "sha256": sha256(ids)} for n, ids in self.indices.items()}
-        return {"data": self.name, "fingerprint": self.fingerprint(), "sets": sets}
+        ledger = {"data": self.name, "fingerprint": self.fingerprint(), "sets": sets}
+        if self.hold_out is not None:
+            ledger["held_out"] = {"ids": self.held_out.tolist(), "sha256": sha256(self.held_out)}
+        return ledger
 
     def to(self, device: torch.device | str) -> "ForgetDataModule":
         """Keep rows that are in memory on a device, where loaders then make their batches."""

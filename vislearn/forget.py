@@ -62,6 +62,28 @@ class Forget(ABC):
         return type(self).__name__
 
 
+class HoldOut(ABC):
+    """Takes rows out of the official training split before anything else: they are in no set, and no model sees them.
+
+    A model trained so has never seen the rows held out; forget rules choose among the rows that are left.
+    """
+
+    @abstractmethod
+    def divide(self, train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that are left for training and for validation.
+
+        Args:
+            train: (m,) sorted row numbers of D as it would be without this.
+            val: (v,) sorted row numbers of the validation set, likewise.
+
+        Returns:
+            The same two after holding out, sorted and apart; rows may change sides.
+
+        Raises:
+            UserError: for rows that there are not.
+        """
+
+
 class ClassForget(Forget):
     """Forget whole classes.
 
