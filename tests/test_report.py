@@ -23,7 +23,7 @@ from vislearn.report.figures import forgotten_classes
 from vislearn.report.page import context, lede, render, summary
 from vislearn.report.table import columns, filled, gap_text, grouped, number, split_flag
 
-VOID = {"meta", "link", "br", "input", "img", "hr"}
+VOID = {"meta", "link", "br", "input", "img", "hr", "wbr"}
 
 
 class Tree(HTMLParser):

@@ -6,24 +6,24 @@ import re
 
 import pytest
 
-from vislearn.report import plots
+from vislearn.report import bars, scatter, svg
 
 
 def test_the_first_eight_markers_differ_in_shape_and_in_colour() -> None:
-    drawn = [plots.marker(i, 10, 10) for i in range(8)]
+    drawn = [svg.marker(i, 10, 10) for i in range(8)]
     colours = [re.search(r'class="(c\d)"', mark) for mark in drawn]
     assert len({c.group(1) for c in colours if c}) == 8
     assert len({re.sub(r'class="c\d"', "", mark) for mark in drawn}) == 8
-    assert len({plots.marker(i, 10, 10) for i in range(64)}) == 64
+    assert len({svg.marker(i, 10, 10) for i in range(64)}) == 64
 
 
 def test_labels_of_close_points_do_not_cover_each_other() -> None:
-    points = [plots.Point(f"Method{i}", i, 96.0 + 0.05 * i, 0.5 + 0.03 * i) for i in range(6)]
-    points.append(plots.Point("far", 6, 90.0, 20.0))
-    drawn = plots.tradeoff(points, (95.8, 96.4), (0.3, 0.8), ("Test acc. (%)", "Gap (points)", "pp"), 716, 470)
+    points = [scatter.Point(f"Method{i}", i, 96.0 + 0.05 * i, 0.5 + 0.03 * i) for i in range(6)]
+    points.append(scatter.Point("far", 6, 90.0, 20.0))
+    drawn = scatter.tradeoff(points, (95.8, 96.4), (0.3, 0.8), ("Test acc. (%)", "Gap (points)", "pp"), 716, 470)
     spots = [
-        (float(x), float(y), plots.LETTER * 13 * len(name))
-        for x, y, name in re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', drawn)
+        (float(x), float(y), svg.LETTER * 13 * len(name))
+        for x, y, name in re.findall(r'<text class="name(?: first)?" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', drawn)
     ]
     assert len(spots) == 7
     for i, (x1, y1, w1) in enumerate(spots):
@@ -32,34 +32,34 @@ def test_labels_of_close_points_do_not_cover_each_other() -> None:
 
 
 def test_a_flagged_point_far_out_stays_at_the_edge_and_says_where_it_is() -> None:
-    points = [plots.Point("A", 0, 96.0, 0.5), plots.Point("B", 1, 97.0, 1.0)]
-    points.append(plots.Point("C", 2, 10.2, 88.0, flagged=True))
-    drawn = plots.tradeoff(points, None, None, ("x", "y", "pp"), 340, 400)
+    points = [scatter.Point("A", 0, 96.0, 0.5), scatter.Point("B", 1, 97.0, 1.0)]
+    points.append(scatter.Point("C", 2, 10.2, 88.0, flagged=True))
+    drawn = scatter.tradeoff(points, None, None, ("x", "y", "pp"), 340, 400)
     assert "C (← 10.2, ↑ 88.0)" in drawn
     assert all(0 <= float(x) <= 340 for x in re.findall(r' x="(-?[\d.]+)"', drawn))
 
 
 def test_axis_maps_its_ends_and_keeps_small_gaps_apart() -> None:
-    axis = plots.Axis(0.0, 100.0, 400.0, 0.0, power=1 / 3)
+    axis = svg.Axis(0.0, 100.0, 400.0, 0.0, power=1 / 3)
     assert (axis(0.0), axis(100.0)) == (400.0, 0.0)
     assert axis(0.0) - axis(1.0) > 50
     assert axis.ticks()[0] == 0.0
-    assert plots.round_steps(94.2, 98.1, 4) == [95.0, 96.0, 97.0, 98.0]
+    assert svg.round_steps(94.2, 98.1, 4) == [95.0, 96.0, 97.0, 98.0]
 
 
 @pytest.mark.parametrize(("gaps", "power"), [((0.5, 0.8, 1.0, 70.0), 1 / 3), ((80.0, 95.0, 98.0), 1.0), ((), 1.0)])
 def test_the_scale_is_bent_only_where_most_gaps_are_small(gaps: tuple[float, ...], power: float) -> None:
-    assert plots.bend(gaps) == pytest.approx(power)
+    assert scatter.bend(gaps) == pytest.approx(power)
 
 
 def test_cost_is_logarithmic() -> None:
-    items = [plots.Cost(str(s), i, [s], None, "") for i, s in enumerate((0.1, 1.0, 10.0))]
-    widths = [float(w) for w in re.findall(r'class="bar" [^>]*width="([\d.]+)"', plots.cost(items, None, 440))]
+    items = [bars.Cost(str(s), i, [s], None, "") for i, s in enumerate((0.1, 1.0, 10.0))]
+    widths = [float(w) for w in re.findall(r'class="bar" [^>]*width="([\d.]+)"', bars.cost(items, None, 440))]
     assert widths[2] - widths[1] == pytest.approx(widths[1] - widths[0], abs=0.2)
 
 
 def test_a_class_without_test_rows_is_a_dash_and_zero_is_a_line() -> None:
-    drawn = plots.class_bars(["a", "b"], [("original", [0.0, None])], frozenset({1}), "t", 340)
+    drawn = bars.class_bars(["a", "b"], [("original", [0.0, None])], frozenset({1}), "t", 340)
     assert "–" in drawn
     assert 'height="1.0"' in drawn
     assert "forgotten" in drawn

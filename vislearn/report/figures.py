@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import plots
+from . import bars, scatter
 from .table import finite, gap_of, interval, is_number, mean, number, scaled
 
 WIDE, LEFT, RIGHT, NARROW = 1216, 716, 448, 340  # pixels: page, its two columns, phone
@@ -49,7 +49,10 @@ def _axis_keys(methods: Sequence[dict[str, Any]], heads: Sequence[dict[str, Any]
 def tradeoff(
     rule: Mapping[str, Any], table: Sequence[dict[str, Any]], heads: Sequence[dict[str, Any]], marks: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """Forget quality against utility: {"wide", "narrow", "flagged", "bent"}, or None where nothing has both."""
+    """Forget quality against utility: {"wide", "narrow", "flagged", "bent", "front"}, or None where nothing has both.
+
+    `front` names the methods that no other one beats, where more than one can be compared.
+    """
     methods = [row for row in table if row["kind"] == "method"]
     x, y = _axis_keys(methods, heads)
     if x is None:
@@ -69,12 +72,50 @@ def tradeoff(
     spread = (min(utility), max(utility)) if utility else None
     everything = [*points, *([original] if original else [])]
     most = 100.0 if x["unit"] == "%" else math.inf
-    power = plots.bend([p.y for p in points if not p.flagged])
+    power = scatter.bend([p.y for p in points if not p.flagged])
     drawn = {
-        size: plots.tradeoff(everything, spread, ends, names, width, height, most, power)
+        size: scatter.tradeoff(everything, spread, ends, names, width, height, most, power)
         for size, width, height in (("wide", LEFT, 470), ("narrow", NARROW, 400))
     }
-    return {**drawn, "flagged": any(p.flagged for p in points), "bent": power < 1}
+    return {**drawn, **_about(points, power, more=True)}
+
+
+def _about(points: Sequence[scatter.Point], power: float, more: bool) -> dict[str, Any]:
+    rivals = [p for p in points if not p.flagged]
+    best = [p.name for p in scatter.front(points, more)] if len(rivals) > 1 else []
+    return {"flagged": any(p.flagged for p in points), "bent": power < 1, "front": best}
+
+
+def against_time(
+    rule: Mapping[str, Any], table: Sequence[dict[str, Any]], marks: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """Mean gap against seconds of unlearning, in the form of `tradeoff`; None below two methods with both."""
+    points = []
+    for row in (row for row in table if row["kind"] == "method" and row["status"] == "done"):
+        seconds = [s for s in finite((row["source"].get("metrics") or {}).get("time/unlearn")) if s > 0]
+        gap = row["cells"]["gap/mean"]["gap"]
+        if not seconds or not gap:
+            continue
+        middle, ends = math.fsum(seconds) / len(seconds), (min(seconds), max(seconds))
+        said = f"{row['title']}: {number(middle, 's')} s, mean gap {number(gap['mean'], 'pp')}"
+        points.append(
+            scatter.Point(
+                row["label"], marks[row["title"]], middle, float(gap["mean"]), ends, interval(gap), bool(row["flags"]), said
+            )
+        )
+    if len(points) < 2:
+        return None
+    stored = (rule.get("models") or {}).get("retrained") or {}
+    floor = gap_of(rule.get("floor"), "gap/mean")
+    ends = (float(floor["mean"]), (interval(floor) or (0.0, float(floor["mean"])))[1]) if floor else None
+    power = scatter.bend([p.y for p in points if not p.flagged])
+    names = ("seconds of unlearning", "Mean gap (percentage points)", "pp")
+    took = mean([s for s in finite(stored.get("seconds")) if s > 0])
+    drawn = {
+        size: scatter.against_time(points, took, ends, names, width, height, power)
+        for size, width, height in (("wide", RIGHT, 470), ("narrow", NARROW, 400))
+    }
+    return {**drawn, **_about(points, power, more=False)}
 
 
 def _bracket(unit: str) -> str:
@@ -85,16 +126,16 @@ def _drawable(row: dict[str, Any], x: dict[str, Any], y: dict[str, Any]) -> bool
     return row["cells"][x["key"]]["mean"] is not None and row["cells"][y["key"]]["gap"] is not None
 
 
-def _point(row: dict[str, Any], x: dict[str, Any], y: dict[str, Any], index: int) -> plots.Point:
+def _point(row: dict[str, Any], x: dict[str, Any], y: dict[str, Any], index: int) -> scatter.Point:
     across, up = row["cells"][x["key"]], row["cells"][y["key"]]["gap"]
     spread = across["spread"]
     ends = (across["mean"] - spread, across["mean"] + spread) if spread is not None else None
     gap = number(up["mean"], "pp" if y["unit"] == "%" else y["unit"])
     said = f"{row['title']}: {x['title']} {across['text']}, gap {gap}"
-    return plots.Point(row["label"], index, across["mean"], up["mean"], ends, interval(up), bool(row["flags"]), said)
+    return scatter.Point(row["label"], index, across["mean"], up["mean"], ends, interval(up), bool(row["flags"]), said)
 
 
-def _original(models: Mapping[str, Any], x: dict[str, Any], y: dict[str, Any]) -> plots.Point | None:
+def _original(models: Mapping[str, Any], x: dict[str, Any], y: dict[str, Any]) -> scatter.Point | None:
     """Where doing nothing would stand: the original model, its gap taken over all pairs with retrained models."""
     mine = (models.get("original") or {}).get("metrics") or {}
     theirs = (models.get("retrained") or {}).get("metrics") or {}
@@ -104,7 +145,7 @@ def _original(models: Mapping[str, Any], x: dict[str, Any], y: dict[str, Any]) -
         return None
     pairs = [abs(a - b) for a in up for b in aims]
     gap = sum(pairs) / len(pairs)
-    return plots.Point(
+    return scatter.Point(
         "original", -1, across, gap, None, (min(pairs), max(pairs)), False, f"original: no unlearning, gap {gap:.1f}"
     )
 
@@ -120,7 +161,7 @@ def cost(rule: Mapping[str, Any], table: Sequence[dict[str, Any]], marks: Mappin
         speed = mean(scaled(metrics.get("time/speedup"), "x"))
         retrainings += [float(a) * float(b) for a, b in _pairs(metrics)]
         items.append(
-            plots.Cost(
+            bars.Cost(
                 row["label"],
                 marks[row["title"]],
                 seconds,
@@ -132,7 +173,7 @@ def cost(rule: Mapping[str, Any], table: Sequence[dict[str, Any]], marks: Mappin
         return None
     stored = (rule.get("models") or {}).get("retrained") or {}
     retraining = mean(finite(stored.get("seconds"))) or mean(retrainings)
-    return {size: plots.cost(items, retraining, width) for size, width in (("wide", RIGHT), ("narrow", NARROW))} | {
+    return {size: bars.cost(items, retraining, width) for size, width in (("wide", RIGHT), ("narrow", NARROW))} | {
         "prepare": "yes" if any(item.prepare for item in items) else ""
     }
 
@@ -171,7 +212,7 @@ def per_class(
             marked = frozenset(i for i, c in enumerate(kept) if c in gone)
             chosen = [(name, [values[c] for c in kept]) for name, values in series]
             said = f"accuracy on test per class after {row['title']}"
-            panel[size] = plots.class_bars([classes[c] for c in kept], chosen, marked, said, width)
+            panel[size] = bars.class_bars([classes[c] for c in kept], chosen, marked, said, width)
             if len(kept) < len(classes):
                 notes[size] = (
                     f"{len(kept)} of {len(classes)} classes, forgotten ones first, then the furthest from retrained."

@@ -1,5 +1,5 @@
-// The page is complete without this: it hides all but one per-class plot, opens what a link points at, and says on a
-// tap what a pointer gets by hovering.
+// The page is complete without this: it hides all but one per-class plot, opens what a link points at, says on a tap
+// what a pointer gets by hovering, copies tables, and marks the section that is being read.
 document.querySelectorAll("[data-chooser]").forEach((figure) => {
   const panels = figure.querySelectorAll("[data-panel]");
   const label = figure.querySelector("label");
@@ -22,3 +22,34 @@ const openTarget = () => {
 };
 addEventListener("hashchange", openTarget);
 openTarget();
+
+const copy = async (text) => {
+  if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
+  const area = document.createElement("textarea"); // a page opened over plain http has no clipboard
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  if (!done) throw new Error("not copied");
+};
+document.querySelectorAll("[data-copy]").forEach((button) => {
+  const link = button.parentElement.querySelector("a[download]");
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    const bytes = Uint8Array.from(atob(link.href.split("base64,")[1]), (letter) => letter.charCodeAt(0));
+    let said = "copied";
+    try { await copy(new TextDecoder().decode(bytes)); } catch { said = "not allowed here"; }
+    button.textContent = said;
+    setTimeout(() => { button.textContent = "copy"; }, 1600);
+  });
+});
+
+if ("IntersectionObserver" in window) {
+  const links = new Map([...document.querySelectorAll(".topics a")].map((a) => [a.hash.slice(1), a]));
+  const seen = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
+    if (isIntersecting) links.get(target.id)?.setAttribute("aria-current", "true");
+    else links.get(target.id)?.removeAttribute("aria-current");
+  }), { rootMargin: "-20% 0px -70% 0px" });
+  document.querySelectorAll(".topic").forEach((topic) => seen.observe(topic));
+}

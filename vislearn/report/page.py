@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import figures, plots
+from . import figures, lines, scatter
+from .graphs import KINDS
+from .sections import downloads, sections
+from .svg import glyph
 from .table import DASH, columns, filled, gap_of, gap_text, grouped, interval, number, rows
 
 SET_WORDS = {
@@ -57,22 +60,27 @@ def write_page(results: dict[str, Any], path: Path | str) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """The page as text."""
-    return str(_template().render(dash=DASH, **context(results)))
+    return str(_template().render(**context(results)))
 
 
 @lru_cache(maxsize=1)
 def _template() -> Any:
     """The compiled template, with the style sheet and the script in it."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    here = files(__package__)
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters["svg"] = Markup  # drawn by plots.py, which escapes what it writes
+    def source(name: str) -> str:
+        return (files(__package__) / name).read_text(encoding="utf-8")
+
+    loader = FunctionLoader(source)
+    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    made.filters["svg"] = Markup  # drawn here, where everything that is written is escaped
     made.filters["yaml"] = as_yaml
+    made.filters["breakable"] = lambda name: Markup("<wbr>").join(_pieces(str(name)))
+    made.globals |= {"dash": DASH, "keys": {kind: Markup(lines.key(kind)) for kind in (*KINDS, "guess")}}
     for name, file in (("style", "style.css"), ("script", "page.js")):
-        made.globals[name] = Markup((here / file).read_text(encoding="utf-8"))
-    return made.from_string((here / "page.html").read_text(encoding="utf-8"))
+        made.globals[name] = Markup(source(file))
+    return made.get_template("page.html")
 
 
 def context(results: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
     rules = results.get("rules") or []
     titles = [m.get("title") or m["name"] for rule in rules for m in rule.get("methods") or []]
     marks = {title: i for i, title in enumerate(dict.fromkeys(titles))}
-    stored = json.dumps(_plain(results), ensure_ascii=True, indent=1).encode()
+    stored = json.dumps(_plain(results), ensure_ascii=True).encode()
     data = results.get("data") or {}
     return {
         "title": results.get("title") or data.get("name") or "Results",
@@ -89,6 +97,7 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
         "lede": lede(results),
         "created": _date(results.get("created")),
         "duration": _duration(results.get("seconds")),
+        "tier": _tier(results.get("evaluation")),
         "heads": [{**head, "help": _help(head, heads, rules)} for head in heads],
         "intervals": _interval_words(rules),
         "rules": [
@@ -107,6 +116,13 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
         "recipe": results.get("recipe") or {},
         "download": base64.b64encode(stored).decode(),
     }
+
+
+def _pieces(name: str, most: int = 22) -> list[str]:
+    """A name cut where a line may end: a long one before its capitals and behind its signs."""
+    if len(name) <= most:
+        return [name]
+    return [piece for piece in re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[_.,=/-])", name) if piece]
 
 
 def lede(results: Mapping[str, Any]) -> str:
@@ -157,14 +173,15 @@ def _rule(
         cell = row["cells"]["gap/mean"]
         row |= {
             "anchor": f"r{at}-{i}",
-            "glyph": plots.glyph(index if index is not None else -1) if row["kind"] in ("method", "original") else "",
+            "glyph": glyph(index if index is not None else -1) if row["kind"] in ("method", "original") else "",
             "settings": _settings(row),
-            "strip": plots.strip(cell["mean"], interval(cell["gap"]), shade, top, index) if cell["gap"] else "",
+            "strip": scatter.strip(cell["mean"], interval(cell["gap"]), shade, top, index) if cell["gap"] else "",
             "badges": grouped(row["flags"]),
-            "gaps": _gap_table(row["source"].get("gap") or {}, heads),
+            "gaps": _gap_table(row["source"], columns(results, None)),
             "commands": _commands(results, row),
         }
     data = results.get("data") or {}
+    parts = sections(results, rule, table, marks, f"r{at}")
     return {
         "anchor": f"r{at}",
         "title": rule["title"],
@@ -178,7 +195,9 @@ def _rule(
         "short": summary(rule, table),
         "warnings": _warnings(rule, table),
         "tradeoff": figures.tradeoff(rule, table, shown, marks),
-        "cost": figures.cost(rule, table, marks),
+        "time": figures.against_time(rule, table, marks),
+        "sections": parts,
+        "downloads": downloads(rule, table, shown, "headline"),
         "per_class": figures.per_class(rule, table, data.get("classes") or ()),
     }
 
@@ -270,10 +289,12 @@ def _warnings(rule: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> list[
     return list(dict.fromkeys(said))
 
 
-def _gap_table(gaps: Mapping[str, Any], heads: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def _gap_table(source: Mapping[str, Any], heads: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Every gap and every distance to the retrained models, as it stands behind a row."""
     units = {head["key"]: head for head in heads}
+    gaps, apart = source.get("gap") or {}, source.get("to_retrained") or {}
     found = []
-    for key, gap in gaps.items():
+    for key, gap in [*gaps.items(), *apart.items()]:
         head = units.get("gap/mean" if key == "mean" else key, {"title": key, "unit": ""})
         unit = "pp" if head["unit"] == "%" else head["unit"]
         if not gap:
@@ -281,7 +302,7 @@ def _gap_table(gaps: Mapping[str, Any], heads: Sequence[dict[str, Any]]) -> list
         found.append(
             {
                 "title": head["title"],
-                "text": gap_text(gap_of(gaps, key), unit) or DASH,
+                "text": gap_text(gap_of({key: gap}, key), unit) or DASH,
                 "of_means": number(gap.get("of_means"), unit),
                 "pairs": str(gap.get("pairs") or DASH),
                 "note": gap.get("note") or gap.get("interval") or "",
@@ -309,7 +330,7 @@ def _help(head: Mapping[str, Any], heads: Sequence[Mapping[str, Any]], rules: Se
     """A column's definition; the mean gap says of which columns it is the mean."""
     if head["key"] != "gap/mean":
         return str(head["help"])
-    titles = {other["key"]: other["title"] for other in heads}
+    titles = {other["key"]: other["title"] for other in heads}  # of the headline, whose mean it is
     every = [(m.get("gap") or {}).get("mean") or {} for rule in rules for m in rule.get("methods") or []]
     parts = list(dict.fromkeys(key for gap in every for key in gap.get("of") or ()))
     return str(head["help"]) + (f" (here: {', '.join(titles.get(key, key) for key in parts)})" if parts else "")
@@ -351,6 +372,16 @@ def _date(created: Any) -> str:
     except ValueError:
         return str(created or "")
     return f"{when.day} {when:%B %Y}, {when:%H:%M}"
+
+
+def _tier(evaluation: Any) -> str:
+    """How dear an evaluation was made, how long that took and what had been announced."""
+    given = evaluation if isinstance(evaluation, Mapping) else {}
+    if not given.get("tier"):
+        return ""
+    took, said = _duration(given.get("seconds")), str(given.get("expected") or "")
+    about = ", ".join(part for part in (took, f"expected {said}" if said else "") if part)
+    return f"{given['tier']} evaluation" + (f" ({about})" if about else "")
 
 
 def _duration(seconds: Any) -> str:

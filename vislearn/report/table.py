@@ -1,4 +1,4 @@
-"""The headline table: which rows and columns there are, how a number prints, and which one is best."""
+"""The tables: which rows and columns there are, how a number prints, and which one is best."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ MEAN_GAP: dict[str, Any] = {
     "better": "low",
 }
 TIMES = "time/"
+SECTIONS = ("headline", "forgetting", "utility", "membership", "representation", "robustness", "cost")
 
 
 def finite(values: Iterable[Any] | None) -> list[float]:
@@ -68,19 +69,28 @@ def scaled(values: Iterable[Any] | None, unit: str) -> list[float]:
     return [100 * v for v in finite(values)] if unit == "%" else finite(values)
 
 
-def columns(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The columns in the order they print: the mean gap first, then `results["columns"]`."""
-    given = [{"unit": "", "better": None, "help": "", "title": c["key"], **c} for c in results.get("columns") or []]
+def columns(results: Mapping[str, Any], section: str | None = "headline") -> list[dict[str, Any]]:
+    """The columns of a section in the order they print, of all sections for None.
+
+    A column that names no section belongs to the headline, which begins with the mean gap.
+    """
+    blank = {"unit": "", "better": None, "help": "", "section": "headline"}
+    given = [{**blank, "title": c["key"], **c} for c in results.get("columns") or []]
     lead = next((c for c in given if c["key"] == "gap/mean"), MEAN_GAP)
     rest = [{**c, "unit": "pp"} if c["key"].startswith("gap/") and c["unit"] == "%" else c for c in given]
+    every = [
+        {**lead, "unit": "pp" if lead["unit"] == "%" else lead["unit"], "section": "headline"},
+        *(c | {"section": c["section"] if c["section"] in SECTIONS else "headline"} for c in rest),
+    ]
     return [
-        {**lead, "unit": "pp" if lead["unit"] == "%" else lead["unit"]},
-        *(c for c in rest if c["key"] != "gap/mean"),
+        c
+        for i, c in enumerate(every)
+        if (i == 0 or c["key"] != "gap/mean") and (section is None or c["section"] == section)
     ]
 
 
 def filled(table: Sequence[Mapping[str, Any]], heads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The columns that hold at least one value or gap in the rows of one rule; the mean gap always stays."""
+    """The columns that hold at least one value in the rows of one rule; the mean gap always stays."""
     return [
         head
         for head in heads
@@ -129,9 +139,10 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags` and
         `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in
         the printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
-        `within_floor`, and in `why` the reason for a missing number, else "".
+        `within_floor`, in `why` the reason for a missing number, else "", and in `form` what it holds: a "value" of
+        the model beside its gap, the "gap" itself, or the "distance" to the retrained models.
     """
-    heads = columns(results)
+    heads = columns(results, None)
     found = []
     for rule in results.get("rules") or []:
         models = rule.get("models") or {}
@@ -141,7 +152,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         methods = [_row(rule, "method", m.get("title") or m["name"], m, heads) for m in rule.get("methods") or []]
         _label(methods)
         methods.sort(key=_order)
-        _mark_best(methods, heads)
+        _mark_best(methods, heads, rule)
         found.extend(methods)
     return found
 
@@ -200,20 +211,36 @@ def _row(
         "notes": notes,
         "source": source,
     }
-    row["cells"] = {head["key"]: _cell(row, source, head, rule) for head in heads}
+    apart = distances(rule)
+    row["cells"] = {
+        head["key"]: (_distance_cell if head["key"] in apart else _cell)(row, source, head, rule) for head in heads
+    }
     return row
+
+
+def distances(rule: Mapping[str, Any]) -> set[str]:
+    """Keys of the columns that say how far a model is from the retrained ones, instead of something of its own."""
+    groups = [*(rule.get("models") or {}).values(), *(rule.get("methods") or [])]
+    held = [group.get("to_retrained") for group in groups if group] + [rule.get("floor_to_retrained")]
+    return {key for found in held for key in found or ()}
 
 
 def _floor_row(rule: Mapping[str, Any], heads: list[dict]) -> dict[str, Any]:
     floor = rule.get("floor")
     note = rule.get("floor_note") or "the floor needs at least two retrained models of different seeds"
-    cells = {}
+    cells, apart = {}, distances(rule)
     for head in heads:
+        if head["key"] in apart:
+            gap = gap_of(rule.get("floor_to_retrained"), head["key"])
+            why = "" if gap else "the distance between retrained models needs at least two of them"
+            cells[head["key"]] = {**_empty(why), "form": "distance"} | (_as_value(gap, head["unit"]) if gap else {})
+            cells[head["key"]]["gap"] = gap
+            continue
         gap = gap_of(floor, head["key"])
         why = "" if gap else (note if not floor else f"no floor is stated for {head['title']}")
         cells[head["key"]] = {**_empty(why), "gap": gap, "gap_text": gap_text(gap, head["unit"])}
         if head["key"].startswith("gap/") and gap:
-            cells[head["key"]] |= _as_value(gap, head["unit"])
+            cells[head["key"]] |= _as_value(gap, head["unit"]) | {"form": "gap"}
     row = {"kind": "floor"} | dict.fromkeys(("name", "title", "label"), "Retrained against retrained")
     empty: dict[str, Any] = {"seeds": [], "status": "done", "error": "", "flags": [], "notes": [], "source": {}}
     return {"rule": rule["id"], **row, **empty, "cells": cells}
@@ -221,7 +248,7 @@ def _floor_row(rule: Mapping[str, Any], heads: list[dict]) -> dict[str, Any]:
 
 def _empty(why: str) -> dict[str, Any]:
     blank = {"mean": None, "spread": None, "count": 0, "gap": None, "text": DASH, "spread_text": "", "gap_text": ""}
-    return {**blank, "best": False, "within_floor": False, "why": why}
+    return {**blank, "best": False, "within_floor": False, "why": why, "form": "value"}
 
 
 def _as_value(gap: Mapping[str, Any], unit: str) -> dict[str, Any]:
@@ -238,8 +265,8 @@ def _cell(
     within = bool(gap and floor and gap["mean"] <= (interval(floor) or (0.0, floor["mean"]))[1])
     if key.startswith("gap/"):
         if gap is None:
-            return _empty(_why_no_gap(row, rule))
-        return {**_empty(""), **_as_value(gap, unit), "gap": gap, "within_floor": within}
+            return {**_empty(_why_no_gap(row, rule)), "form": "gap"}
+        return {**_empty(""), **_as_value(gap, unit), "gap": gap, "within_floor": within, "form": "gap"}
     stored = (source.get("metrics") or {}).get(key)
     stored = stored if isinstance(stored, list | tuple) else [stored]
     values = scaled(stored, unit)
@@ -259,6 +286,33 @@ def _cell(
         "gap_text": gap_text(gap, unit),
         "within_floor": within,
     }
+
+
+def _distance_cell(
+    row: dict[str, Any], source: Mapping[str, Any], head: dict[str, Any], rule: Mapping[str, Any]
+) -> dict[str, Any]:
+    found = gap_of(source.get("to_retrained"), head["key"])
+    if found is None:
+        if row["kind"] == "retrained":
+            why = "this is a distance to the retrained models; between themselves it stands in the row below"
+        elif row["status"] != "done":
+            why = row["flags"][0]
+        elif not ((rule.get("models") or {}).get("retrained") or {}).get("seeds"):
+            why = "there is no retrained model to compare with"
+        else:
+            why = f"{head['title']} is not defined here or was not computed"
+        return {**_empty(why), "form": "distance"}
+    floor = gap_of(rule.get("floor_to_retrained"), head["key"])
+    value = {**_empty(""), **_as_value(found, head["unit"]), "gap": found, "form": "distance"}
+    return value | {"within_floor": bool(floor) and _as_near(found["mean"], floor or {}, head["better"])}
+
+
+def _as_near(value: float, floor: Mapping[str, Any], better: str | None) -> bool:
+    """Whether a distance is one that two retrained models may have as well."""
+    low, high = interval(floor) or (floor["mean"], floor["mean"])
+    if better not in ("retrained", "low", "high"):
+        return False
+    return bool((better == "high" or value <= high) and (better == "low" or value >= low))
 
 
 def _why_no_gap(row: dict[str, Any], rule: Mapping[str, Any]) -> str:
@@ -299,7 +353,7 @@ def _listed(value: Any) -> list[str]:
     return [str(v) for v in value or ()]
 
 
-def _mark_best(methods: list[dict[str, Any]], heads: list[dict[str, Any]]) -> None:
+def _mark_best(methods: list[dict[str, Any]], heads: list[dict[str, Any]], rule: Mapping[str, Any]) -> None:
     """Set `best` per column, ties included; rows that failed or carry a flag never win."""
     sound = [row for row in methods if row["status"] == "done" and not row["flags"]]
     for head in heads:
@@ -307,7 +361,8 @@ def _mark_best(methods: list[dict[str, Any]], heads: list[dict[str, Any]]) -> No
         if head["better"] not in ("retrained", "high", "low"):
             continue
         by_gap = head["better"] == "retrained"
-        scores = [(row, _score(row["cells"][key], by_gap)) for row in sound]
+        floor = gap_of(rule.get("floor_to_retrained"), key)
+        scores = [(row, _score(row["cells"][key], by_gap, floor)) for row in sound]
         known = [(row, score) for row, score in scores if score is not None]
         if len(known) < 2:  # the best of one says nothing
             continue
@@ -318,10 +373,13 @@ def _mark_best(methods: list[dict[str, Any]], heads: list[dict[str, Any]]) -> No
             row["cells"][key]["best"] = number(score, unit) == winner
 
 
-def _score(cell: dict[str, Any], by_gap: bool) -> float | None:
-    if by_gap:
-        return float(cell["gap"]["mean"]) if cell["gap"] else None
-    return cell["mean"]
+def _score(cell: dict[str, Any], by_gap: bool, floor: Mapping[str, Any] | None) -> float | None:
+    """What decides which row is best: the value, or how far it is from the aim."""
+    if not by_gap:
+        return None if cell["mean"] is None else float(cell["mean"])
+    if cell["form"] == "distance":  # the aim is the distance that retrained models have from each other
+        return abs(float(cell["mean"]) - float(floor["mean"])) if cell["gap"] and floor else None
+    return float(cell["gap"]["mean"]) if cell["gap"] else None
 
 
 def grouped(flags: Sequence[str]) -> list[tuple[str, str]]:

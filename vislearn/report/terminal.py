@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .table import DASH, columns, filled, grouped, rows
+from .table import DASH, SECTIONS, columns, filled, grouped, rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +36,15 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
     for rule in results.get("rules") or []:
         mine = [row for row in table if row["rule"] == rule["id"]]
         _print_rule(rule, mine, filled(mine, heads), console)
+    more = sections_of(results, table)
+    if more:
+        _say(console, f"\nmore on the page: {', '.join(more)}", "dim")
+
+
+def sections_of(results: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> list[str]:
+    """The sections of the page that hold a number or a curve, beyond the headline table."""
+    drawn = {str(graph.get("section")) for graph in results.get("graphs") or []}
+    return [name for name in SECTIONS[1:] if name in drawn or filled(table, columns(results, name))]
 
 
 def _print_rule(rule: Mapping[str, Any], table: Sequence[dict[str, Any]], heads: list[dict], console: Console) -> None:
