@@ -27,7 +27,9 @@ def test_margin_is_the_log_odds_of_the_true_class() -> None:
     logits = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
     y = torch.arange(7) % 4
     p = logits.double().softmax(-1).gather(-1, y.expand(3, 7)[..., None])[..., 0]
+    before = logits.clone()
     torch.testing.assert_close(margin(logits, y), (p / (1 - p)).log())
+    assert torch.equal(logits, before)  # the released code writes over its argument
     assert margin(torch.tensor([[2000.0, 0.0]]), torch.tensor([0])).item() == 2000  # a softmax would say infinity
 
 
@@ -176,8 +178,8 @@ def test_the_score_halves_with_every_half_of_epsilon_and_ends_at_what_can_be_mea
 
 def test_equal_distributions_give_a_fifth_and_not_one() -> None:
     for models in (16, 64):
-        assert 0.14 < forgetting_quality(normal(models, 150, 1), normal(models, 150, 2)).score < 0.25
-    shifted = forgetting_quality(normal(64, 150, 1, 1.0), normal(64, 150, 2)).score
+        assert 0.14 < forgetting_quality(normal(models, 100, 1), normal(models, 100, 2)).score < 0.25
+    shifted = forgetting_quality(normal(64, 100, 1, 1.0), normal(64, 100, 2)).score
     assert 0.02 < shifted < 0.08
 
 

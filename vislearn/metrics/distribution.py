@@ -195,10 +195,9 @@ def _windows(a: Values, b: Values, width: float) -> float:
     first = _first(pooled, right[:, None] - width - BUFFER, right[:, None] - width + BUFFER, lefts)
     ends = np.concatenate([first, np.full((len(right), 1), lefts)], axis=1)
     row, cell = np.nonzero(np.diff(ends, axis=1, prepend=0) > 0)  # some left end lies behind `cell` pooled values
-    # a left end behind all values catches nothing
-    left = np.append(pooled, np.inf)[cell]
-    inside = [np.searchsorted(v, right[row], "right") - np.searchsorted(v, left) for v in (a, b)]
-    return _largest(*(np.maximum(count, 0) for count in inside), len(a), len(b))
+    left = np.append(pooled, np.inf)  # a left end behind all values catches nothing
+    caught, wrong = (np.searchsorted(v, right, "right")[row] - np.searchsorted(v, left)[cell] for v in (a, b))
+    return _largest(np.maximum(caught, 0), np.maximum(wrong, 0), len(a), len(b))
 
 
 def _first(values: Values, start: Values, stop: Values, n: int) -> NDArray[np.int64]:
