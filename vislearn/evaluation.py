@@ -72,6 +72,15 @@ def quick(kind: str, classes: int) -> list[Measure]:
     return [m for m in MEASURES if m.of == kind and m.tier == "quick" and serves(m, classes)]
 
 
+def of_shadows(subjects: Sequence[Subject], retrained: Sequence[Subject], bench: Bench, pools: Sequence[str]) -> Found:
+    """What shadow models say of a method as a whole."""
+    out = Found()
+    for measure in MEASURES:
+        if measure.of == "runs" and measure.pool in pools and serves(measure, subjects[0].classes):
+            out.update(measure.function(subjects, retrained, bench))
+    return out
+
+
 def serves(measure: Measure, classes: int) -> bool:
     """Whether a measure has a meaning for a classifier (classes above 0) or a regressor."""
     return measure.serves in ("both", "classifier" if classes else "regressor")
@@ -92,7 +101,7 @@ def asked(subject: Subject, bench: Bench, pools: Sequence[str]) -> Found:
     """What the shadow models in these pools of the bench say about a model."""
     out = Found()
     for measure in MEASURES:
-        if measure.pool in pools and serves(measure, subject.classes):
+        if measure.of == "model" and measure.pool in pools and serves(measure, subject.classes):
             out.update(measure.function(subject, bench))
     return out
 
@@ -126,13 +135,16 @@ def side_by_side(subjects: Sequence[Subject], each: Sequence[Found]) -> dict[str
     }  # fmt: skip
 
 
-def to_retrained(subjects: Sequence[Subject], retrained: Sequence[Subject], benches: Sequence[Bench]) -> dict[str, Any]:
+def to_retrained(
+    subjects: Sequence[Subject], retrained: Sequence[Subject], benches: Sequence[Bench], runs: bool = True
+) -> dict[str, Any]:
     """Distances of models to the retrained models: key -> mean over pairs with its interval; curves; and notes.
 
     Args:
         subjects: original or unlearned models.
         retrained: the retrained models.
         benches: one per model of `subjects`.
+        runs: whether the models are runs of one method, for measures of groups.
     """
     if not subjects or not retrained:
         return {"to_retrained": {}, "curves": {}, "notes": []}
@@ -140,7 +152,7 @@ def to_retrained(subjects: Sequence[Subject], retrained: Sequence[Subject], benc
     rows = [[between(subject, other, bench) for other in retrained] for subject, bench in each]
     shared = [k for k in rows[0][0].numbers if all(k in found.numbers for row in rows for found in row)]
     numbers = {k: over_pairs(np.array([[f.numbers[k] for f in row] for row in rows]) * scale(k)) for k in shared}
-    groups, notes = of_runs(subjects, retrained, benches[0])
+    groups, notes = of_runs(subjects, retrained, benches[0]) if runs else ({}, [])
     return {
         "to_retrained": numbers | groups,
         "curves": {k: v for k, v in mean_curves(rows, [s.seed for s in subjects]).items() if v},
@@ -179,8 +191,11 @@ def of_runs(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What is defined on groups of runs, in the form of `over_pairs`, without an interval."""
     out = Found()
-    for measure in quick("runs", subjects[0].classes):
-        out.update(measure.function(subjects, retrained, bench))
+    for measure in MEASURES:
+        if measure.of == "runs" and not measure.pool and serves(measure, subjects[0].classes) and (
+            measure.tier == "quick" or measured(*subjects, *retrained)
+        ):  # fmt: skip
+            out.update(measure.function(subjects, retrained, bench))
     numbers = {
         k: {"mean": v * scale(k), "low": None, "high": None, "pairs": 1} for k, v in out.numbers.items()
     }  # fmt: skip
@@ -219,12 +234,12 @@ def reference(
 ) -> dict[str, Any]:
     """The original or the retrained models, as the report draws them."""
     numbers = table(subjects, benches)
-    distances = to_retrained(subjects, retrained, benches)
+    distances = to_retrained(subjects, retrained, benches, runs=False)
     return {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects],
         "metrics": numbers["metrics"], "curves": numbers["curves"] | distances["curves"],
         "to_retrained": distances["to_retrained"],
-        "notes": list(dict.fromkeys(numbers["notes"] + distances["notes"])), "per_class": class_bars(subjects),
+        "absent": list(dict.fromkeys(numbers["notes"] + distances["notes"])), "per_class": class_bars(subjects),
         "seconds": [s.seconds for s in subjects],
     }  # fmt: skip
 

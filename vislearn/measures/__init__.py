@@ -3,12 +3,18 @@
 A new one is a function and a line in the `MEASURES` of its file.
 """
 
+from functools import cache
+
 from ..measure import Column, Graph, Measure
-from . import sets
+from . import forgetting, membership, representation, restoration, robustness, sets, shadows, traces
 
-MEASURES: tuple[Measure, ...] = (*sets.MEASURES,)
+MEASURES: tuple[Measure, ...] = (
+    *sets.MEASURES, *membership.MEASURES, *forgetting.MEASURES, *representation.MEASURES, *robustness.MEASURES,
+    *traces.MEASURES, *restoration.MEASURES, *shadows.MEASURES,
+)  # fmt: skip
 
 
+@cache
 def column(key: str) -> Column | None:
     """How a number is printed; None for one that no measure names."""
     for each in all_columns():
@@ -17,9 +23,10 @@ def column(key: str) -> Column | None:
     return None
 
 
-def all_columns() -> list[Column]:
+@cache
+def all_columns() -> tuple[Column, ...]:
     """The columns of every measure, in the order of the report."""
-    return [c for m in MEASURES for c in m.columns]
+    return tuple(c for m in MEASURES for c in m.columns)
 
 
 def graphs() -> list[Graph]:

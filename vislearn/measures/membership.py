@@ -356,7 +356,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(membership_entropy, columns=(HEADLINE,)),
     Measure(membership_features, columns=(*SHARES[1:-2], ACCURACIES[0])),
     Measure(membership_errors, serves="regressor", columns=SHARES[-2:]),
-    Measure(membership_cross_validated, columns=ACCURACIES[1:]),
+    Measure(membership_cross_validated, tier="standard", columns=ACCURACIES[1:]),
     Measure(membership_roc, serves="both", columns=RATES, graphs=(ROC_GRAPH,)),
     Measure(membership_pre_post, serves="both", columns=PAIRS),
 )
