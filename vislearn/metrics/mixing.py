@@ -1,7 +1,7 @@
 """Models between two models: weight mixing, calibration to equal utility, the barrier on the way.
 
-Weights are mixed as theta(t) = (1 - t) a + t b. The running statistics of batch normalisation belong to the weights they
-were estimated with, so they are estimated again after every mix instead of being mixed.
+Weights are mixed as theta(t) = (1 - t) a + t b. The running statistics of batch normalisation belong to the weights
+they were estimated with, so they are estimated again after every mix instead of being mixed.
 """
 
 import copy
@@ -98,8 +98,8 @@ def calibrate(utility: Callable[[float], float], bar: float, step: float = 0.05,
     """The largest share of the unlearned weights at which utility is kept: a* of unlearning with control.
 
     The shares 1, 1 - step, ... are tried downwards and the first that passes is refined towards the one above it by
-    halving. Utility need not be monotone in the share, so what lies between two tried shares may be missed. A model that
-    passes at 1 has a* = 1 after one evaluation.
+    halving. Utility need not be monotone in the share, so what lies between two tried shares may be missed. A model
+    that passes at 1 has a* = 1 after one evaluation.
 
     Args:
         utility: share of the unlearned model's weights in [0, 1] -> accuracy of the mixed model on retain validation
@@ -160,7 +160,6 @@ def alignment(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     if a.keys() != b.keys():
         raise ValueError(f"the models have other weights: {sorted(a.keys() ^ b.keys())[:5]}")
     names = [name for name in a if a[name].ndim > 1]
-    products = [torch.stack([(x[n].double() * y[n].double()).sum() for n in names]).sum()
-                for x, y in ((a, b), (a, a), (b, b))]  # fmt: skip
-    dot, aa, bb = (p.item() for p in products)
+    dot, aa, bb = (sum((x[n].double() * y[n].double()).sum().item() for n in names)
+                   for x, y in ((a, b), (a, a), (b, b)))  # fmt: skip
     return dot / math.sqrt(aa * bb) if aa * bb > 0 else 0.0

@@ -1,9 +1,10 @@
 """Weights rounded to a few bits: does the difference that unlearning made survive?
 
-An edit smaller than half a rounding step is undone by rounding: original and unlearned model get the same integer codes,
-and what was forgotten is back. Codes are symmetric and per output channel: with Q = 2^(bits - 1) - 1, a channel w has the
-scale s = max|w| / Q and the codes round(w / s), ties to the even integer, in [-Q, Q]. Biases and normalisations stay in
-floating point; batch normalisations are folded into the layer before them first, as a deployed network has them.
+An edit smaller than half a rounding step is undone by rounding: original and unlearned model get the same integer
+codes, and what was forgotten is back. Codes are symmetric and per output channel: with Q = 2^(bits - 1) - 1, a channel
+w has the scale s = max|w| / Q and the codes round(w / s), ties to the even integer, in [-Q, Q]. Biases and
+normalisations stay in floating point; batch normalisations are folded into the layer before them first, as a deployed
+network has them.
 
 Reference:
     Zhang et al. Catastrophic Failure of LLM Unlearning via Quantization. ICLR 2025. arXiv:2410.16454.
@@ -82,15 +83,17 @@ def same_code(
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are rounded, (c, ...) with the output channels first: name -> a view of the parameter.
 
-    They are those of convolutions and linear layers and the input projections of torch's attention; embeddings, position
-    codes, biases and normalisations are not.
+    They are those of convolutions and linear layers and the input projections of torch's attention, where they are
+    parameters; embeddings, position codes, biases and normalisations are not.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()  # a weight may be used by several layers
     for name, module in model.named_modules():
         key = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         weight = getattr(module, key, None)
-        if not isinstance(module, _ConvNd | nn.Linear | nn.MultiheadAttention) or weight is None or id(weight) in seen:
+        if not isinstance(module, _ConvNd | nn.Linear | nn.MultiheadAttention) or id(weight) in seen:
+            continue
+        if not isinstance(weight, nn.Parameter):  # computed at every forward pass, so there is nothing to write to
             continue
         seen.add(id(weight))
         turned = isinstance(module, _ConvTransposeNd)  # their channels are (in, out / groups)
@@ -128,7 +131,8 @@ def fold(model: Module, x: Tensor) -> tuple[Module, int]:
 
     The pairs are found by watching a forward pass: a normalisation that is given the very tensor a layer put out, each
     used once. A folded normalisation stays in place as the identity, so the names of all weights stay too. What would
-    change the outputs (a layer that standardises its own weight, an output that is also read elsewhere) is left unfolded.
+    change the outputs (a layer that standardises its own weight, an output that is also read elsewhere) is left as it
+    is.
 
     Args:
         model: any network; it stays as it is.

@@ -55,8 +55,9 @@ def relearn(
 ) -> dict[str, list[float]]:
     """Scores on held-out rows along a relearning.
 
-    A step takes `batch` retain rows and up to as many forget rows, each set cycled in an order of its own; the means over
-    both weigh the same. Without forget rows it is fine-tuning on retain rows, which by itself revives what was hidden.
+    A step takes `batch` retain rows and up to as many forget rows, each set cycled in an order of its own; the means
+    over both weigh the same. Without forget rows it is fine-tuning on retain rows, which by itself can revive what was
+    hidden.
 
     Args:
         model: the learner; it stays as it is.
@@ -143,8 +144,8 @@ def anamnesis(
 ) -> tuple[float | None, str | None]:
     """Anamnesis index: steps that the unlearned model needs to relearn over those that the retrained one needs.
 
-    1 is the aim. Below, something is left and comes back fast; well above, the model was made to resist, which marks what
-    it should not know. Several orderings of the rows are combined by the geometric mean of their ratios.
+    1 is the aim. Below, something is left and comes back fast; well above, the model was made to resist, which marks
+    what it should not know. Several orderings of the rows are combined by the geometric mean of their ratios.
 
     Args:
         unlearned_steps: steps counted from 0 (`relearn_steps`), one or one per ordering.
