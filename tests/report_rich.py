@@ -1,4 +1,4 @@
-"""The example with everything the dearer tiers add: three rules, twelve methods, all sections, and what can be missing."""
+"""The example with all that the dearer tiers add: three rules, twelve methods, every section, and what is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COLUMNS = [
     column("retain/loss", "Retain loss", "cross-entropy on D_r", "utility", "nats"),
     column("test_retain/loss", "Test loss (kept)", "cross-entropy on the test rows that stay", "utility", "nats"),
     column("test/ece", "Calibration error", "expected calibration error on test, 15 bins", "utility", "%"),
-    *(column(f"forget/{key}", title, f"share of D_f that {about} calls a member", "membership") for key, title, about in (
+    *(column(f"forget/{key}", title, f"share of D_f that {by} calls a member", "membership") for key, title, by in (
         ("mia_svc_confidence", "Confidence SVC", "a support vector machine on the confidence"),
         ("mia_modified_entropy", "Modified entropy", "a threshold per class on the modified entropy"),
         ("mia_loss", "Loss threshold", "a threshold on the loss"),
@@ -70,12 +70,12 @@ def graph(key: str, title: str, about: str, x: str, y: str, section: str, kind: 
 GRAPHS = [
     graph("forget/margins", "Margins of the forget set", "quantiles of the margin on D_f", "quantile", "margin",
           "forgetting", "line"),
-    graph("forget/lira_roc", "LiRA, online", "the forgotten rows against test rows of the same classes", "false positive rate",
-          "true positive rate", "membership", "roc"),
-    graph("features/cka", "CKA to the original, by layer", "unbiased, on D_f; 1 means that the layer holds what it held",
-          "layer", "CKA to the original", "representation", "heat"),
-    graph("features/probe", "Linear probe on the penultimate features", "accuracy of a probe fitted on half of the rows",
-          "", "probe accuracy", "representation", "bars"),
+    graph("forget/lira_roc", "LiRA, online", "the forgotten rows against test rows of the same classes",
+          "false positive rate", "true positive rate", "membership", "roc"),
+    graph("features/cka", "CKA to the original, by layer", "unbiased, on D_f; 1 means that the layer holds what it "
+          "held", "layer", "CKA to the original", "representation", "heat"),
+    graph("features/probe", "Linear probe on the penultimate features", "accuracy of a probe fitted on half of the "
+          "rows", "", "probe accuracy", "representation", "bars"),
     graph("forget/relearn", "Relearning from m forget rows", "accuracy on D_f after one epoch on m of its rows",
           "m, forget rows seen again", "forget accuracy", "robustness", "line"),
     graph("forget/bits", "Quantised weights", "accuracy on D_f with weights of fewer bits", "bits", "forget accuracy",
@@ -98,19 +98,19 @@ def _roc(rng: random.Random, strength: float) -> dict[str, list[float]]:
 def curves(rng: random.Random, held: float, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
     """Curves of a model that still holds a share of what is to forget."""
     found: dict[str, list[dict[str, Any]]] = {spec["key"]: [] for spec in GRAPHS}
-    steps = [0, 1, 10, 50, 100]
+    steps, quantiles = [0, 1, 10, 50, 100], [i / 20 for i in range(21)]
+    lost, depth = (0, 0, 0.05, 0.3, 0.1), [i / 9 for i in range(10)]
     for seed in seeds:
         one = {
-            "forget/margins": {"x": [i / 20 for i in range(21)], "y": [12 * held * (i / 20) ** 0.5 - 4 + rng.gauss(0, 0.3)
-                                                                      for i in range(21)]},
+            "forget/margins": {"x": quantiles, "y": [12 * held * q**0.5 - 4 + rng.gauss(0, 0.3) for q in quantiles]},
             "forget/lira_roc": _roc(rng, held),
             "features/cka": {"x": LAYERS, "y": [_share(rng, 1 - (1 - held) * 0.7 * i / 9) for i in range(10)]},
             "features/probe": {"x": ["forget", "retain", "downstream: letters"],
                                "y": [_share(rng, 0.6 + 0.38 * held), _share(rng, 0.97), _share(rng, 0.8)]},
             "forget/relearn": {"x": steps, "y": [_share(rng, held + (0.98 - held) * (1 - math.exp(-m / 20)))
                                                  for m in steps]},
-            "forget/bits": {"x": BITS, "y": [_share(rng, held + (0.9 - held) * lost) for lost in (0, 0, 0.05, 0.3, 0.1)]},
-            "features/drift_by_layer": {"x": LAYERS, "y": [abs((1 - held) * i / 9 + rng.gauss(0, 0.02)) for i in range(10)]},
+            "forget/bits": {"x": BITS, "y": [_share(rng, held + (0.9 - held) * part) for part in lost]},
+            "features/drift_by_layer": {"x": LAYERS, "y": [abs((1 - held) * d + rng.gauss(0, 0.02)) for d in depth]},
         }  # fmt: skip
         for key, curve in one.items():
             found[key].append({**curve, "seed": seed})
@@ -125,7 +125,8 @@ def numbers(rng: random.Random, held: float, seeds: int = 3) -> dict[str, list[f
         if key in ("forget/loss", "time/prepare") or key.endswith("_to_retrained") or key == "forget/klom":
             continue
         value = {"nats": 0.1 + 4 * (1 - held), "MB": 420 + 80 * held, "": 0.4 + held / 2}.get(head["unit"])
-        drawn = [abs(value * rng.uniform(0.9, 1.1)) if value is not None else _share(rng, 0.4 + held / 2) for _ in range(seeds)]
+        share = value is None
+        drawn = [_share(rng, 0.4 + held / 2) if share else value * rng.uniform(0.9, 1.1) for _ in range(seeds)]
         found[key] = [round(v, 4) for v in drawn]
     return found
 
@@ -187,14 +188,15 @@ def rich(seed: int = 0) -> dict[str, Any]:
                                          for k, v in method["gap"]["mean"].items()}  # fmt: skip
             rule["methods"].append(method)
     third = copy.deepcopy(results["rules"][1])
-    third |= {"id": "subclass-rocket", "title": "subclass “rocket” of the superclass “vehicles 2”, and its near duplicates"}
+    third["id"] = "subclass-rocket"
+    third["title"] = "subclass “rocket” of the superclass “vehicles 2”, and its near duplicates"
     results["rules"].append(third)
     for rule, reference in zip(results["rules"], ("class-3", "random-10", "random-10"), strict=True):
         _enrich(rng, rule, reference)
     _remove(results)
     extra = {head["key"] for head in COLUMNS}
-    results["columns"] = [c for c in results["columns"] if c["key"] not in extra] + COLUMNS
-    results["graphs"] = GRAPHS
+    results["columns"] = [c for c in results["columns"] if c["key"] not in extra] + copy.deepcopy(COLUMNS)
+    results["graphs"] = copy.deepcopy(GRAPHS)
     results["evaluation"] = {"tier": "thorough", "seconds": 512.4, "expected": "about 9 minutes"}
     return results
 

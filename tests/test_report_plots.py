@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -63,3 +64,57 @@ def test_a_class_without_test_rows_is_a_dash_and_zero_is_a_line() -> None:
     assert "–" in drawn
     assert 'height="1.0"' in drawn
     assert "forgotten" in drawn
+
+
+@pytest.mark.parametrize(("more", "names"), [(True, ["a", "c"]), (False, ["a", "b"])])
+def test_the_front_is_what_no_other_method_beats(more: bool, names: list[str]) -> None:
+    points = [
+        scatter.Point("a", 0, 5.0, 1.0), scatter.Point("b", 1, 2.0, 3.0), scatter.Point("c", 2, 9.0, 4.0),
+        scatter.Point("d", 3, 5.0, 2.0), scatter.Point("flagged", 4, 99.0, 0.0, flagged=True),
+        scatter.Point("flagged", 4, 0.0, 0.0, flagged=True), scatter.Point("original", -1, 5.0, 0.1),
+    ]  # fmt: skip
+    assert sorted(p.name for p in scatter.front(points, more)) == names
+
+
+def test_equal_methods_share_the_front() -> None:
+    points = [scatter.Point("a", 0, 5.0, 1.0), scatter.Point("b", 1, 5.0, 1.0)]
+    assert {p.name for p in scatter.front(points, more=True)} == {"a", "b"}
+
+
+def test_the_front_is_drawn_through_its_methods_and_their_names_stand_out() -> None:
+    points = [scatter.Point("a", 0, 95.0, 1.0), scatter.Point("b", 1, 97.0, 3.0), scatter.Point("c", 2, 94.0, 4.0)]
+    drawn = scatter.tradeoff(points, None, None, ("x", "y", "pp"), 716, 470)
+    steps = re.search(r'<polyline class="front" points="([^"]+)"', drawn)
+    assert steps
+    corners = [tuple(float(v) for v in spot.split(",")) for spot in steps.group(1).split()]
+    assert len(corners) == 5
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(corners))
+    assert set(re.findall(r'class="name first"[^>]*>(\w)<', drawn)) == {"a", "b"}
+
+
+def test_time_is_logarithmic_and_every_point_is_inside() -> None:
+    points = [scatter.Point(str(s), i, s, 5.0 - i) for i, s in enumerate((0.01, 1.0, 100.0))]
+    drawn = scatter.against_time(points, 1000.0, (0.2, 0.5), ("seconds", "gap", "pp"), 448, 470)
+    axis = svg.LogAxis(0.01, 100.0, 0.0, 100.0)
+    assert (axis(0.01), axis(1.0), axis(100.0), axis(1e9)) == pytest.approx((0.0, 50.0, 100.0, 100.0))
+    assert axis.ticks(20) == [0.01, 0.1, 1.0, 10.0, 100.0]
+    assert all(0 <= float(x) <= 448 for x in re.findall(r' x1?="(-?[\d.]+)"', drawn))
+
+
+@pytest.mark.parametrize(("name", "most", "short"), [
+    ("SSD (alpha=10)", 14, "SSD (alpha=10)"), ("ProjectedGradient (alpha=10)", 16, "ProjectedGr…=10)"),
+])  # fmt: skip
+def test_a_shortened_name_keeps_what_tells_it_apart(name: str, most: int, short: str) -> None:
+    assert svg.shortened(name, most) == short
+    assert len(svg.shortened(name, most)) <= most
+
+
+def test_bars_start_at_zero_on_both_sides() -> None:
+    items = [bars.Bar("a", 0, 2.0), bars.Bar("b", 1, -1.0), bars.Bar("c", None, None, None, "none")]
+    drawn = bars.model_bars(items, -1.0, 2.0, "value", 340)
+    drawn_bars = re.findall(r'<rect class="k-unlearned" x="([\d.]+)"[^>]*width="([\d.]+)"', drawn)
+    found = {float(x): float(w) for x, w in drawn_bars}
+    (right, wide), (left, narrow) = sorted(found.items(), reverse=True)
+    assert left + narrow == pytest.approx(right, abs=0.2)
+    assert wide == pytest.approx(2 * narrow, abs=0.2)
+    assert "–" in drawn

@@ -144,7 +144,10 @@ def model_bars(items: Sequence[Bar], low: float, high: float, label: str, width:
     x = Axis(low, high, left, right)
     parts = []
     for value in x.ticks(30):
-        parts += [line(x(value), head - 4, x(value), bottom, "grid"), text(x(value), bottom + 15, f"{value:g}", "middle")]
+        parts += [
+            line(x(value), head - 4, x(value), bottom, "grid"),
+            text(x(value), bottom + 15, f"{value:g}", "middle"),
+        ]
     aim = next((item for item in items if item.index is None and item.value is not None), None)
     if aim is not None and aim.ends:
         a, b = x(aim.ends[0]), x(aim.ends[1])

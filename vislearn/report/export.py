@@ -156,7 +156,8 @@ def table_csv(table: Sequence[dict[str, Any]], heads: Sequence[dict[str, Any]]) 
     writer.writerow([_text(name) for name in names])
     for i, row in enumerate(table):
         why = missing([row], heads)
-        lost = [f"{cell.removeprefix(name_of(row) + ', ')}: {reason}" for reason, cells in why.items() for cell in cells]
+        own = f"{name_of(row)}, "
+        lost = [f"{cell.removeprefix(own)}: {reason}" for reason, cells in why.items() for cell in cells]
         seeds = " ".join(str(seed) for seed in row["seeds"])
         writer.writerow(
             [_text(name_of(row)), row["kind"], _text(seeds), row["status"]]
@@ -174,17 +175,17 @@ def _numbers(table: Sequence[dict[str, Any]], head: Mapping[str, Any]) -> dict[s
     ends = [interval(gap) or (None, None) for gap in gaps]
     key, apart = head["key"], any(cell["form"] != "value" for cell in cells)
     own = f"{key} ({unit})" if unit else key
-    found: dict[str, list[Any]] = {own: [gap.get("mean") if apart else cell["mean"] for cell, gap in zip(cells, gaps, strict=True)]}
+    means = [gap.get("mean") for gap in gaps]
+    found: dict[str, list[Any]] = {own: means if apart else [cell["mean"] for cell in cells]}
     prefix = key if apart else f"{key} gap"
     if not apart:
-        found |= {f"{key} sd": [cell["spread"] for cell in cells], prefix: [gap.get("mean") for gap in gaps]}
+        found |= {f"{key} sd": [cell["spread"] for cell in cells], prefix: means}
     found |= {f"{prefix} low": [low for low, _ in ends], f"{prefix} high": [high for _, high in ends]}
-    found |= {f"{key} within floor": [int(c["within_floor"]) if _judged(c, r) else None for c, r in zip(cells, table, strict=True)]}
+    found[f"{key} within floor"] = [
+        int(cell["within_floor"]) if row["kind"] == "method" and cell["gap"] else None
+        for cell, row in zip(cells, table, strict=True)
+    ]
     return {name: values for name, values in found.items() if name == own or any(v is not None for v in values)}
-
-
-def _judged(cell: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    return row["kind"] == "method" and bool(cell["gap"])
 
 
 def _exact(value: Any) -> str:

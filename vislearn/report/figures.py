@@ -96,13 +96,10 @@ def against_time(
         gap = row["cells"]["gap/mean"]["gap"]
         if not seconds or not gap:
             continue
-        middle, ends = math.fsum(seconds) / len(seconds), (min(seconds), max(seconds))
+        middle, times = math.fsum(seconds) / len(seconds), (min(seconds), max(seconds))
         said = f"{row['title']}: {number(middle, 's')} s, mean gap {number(gap['mean'], 'pp')}"
-        points.append(
-            scatter.Point(
-                row["label"], marks[row["title"]], middle, float(gap["mean"]), ends, interval(gap), bool(row["flags"]), said
-            )
-        )
+        place = (row["label"], marks[row["title"]], middle, float(gap["mean"]))
+        points.append(scatter.Point(*place, times, interval(gap), bool(row["flags"]), said))
     if len(points) < 2:
         return None
     stored = (rule.get("models") or {}).get("retrained") or {}

@@ -173,14 +173,14 @@ def _bars(spec: Mapping[str, Any], held: Sequence[tuple[dict, Curves]], marks: M
     label = str(spec.get("y") or "")
     panels = []
     for i, x in enumerate(xs):
-        items = [_bar(row, values[id(row)][i], marks, spec) for row, _ in held]
+        items = [_bar(row, values[id(row)][i], marks) for row, _ in held]
         name = x if isinstance(x, str) else f"{spec.get('x') or ''} {x:g}".strip()
         drawing = bars.model_bars(items, low, high, label, BARS)
         panels.append({"title": name, "glyph": "", "flagged": False, "wide": drawing, "narrow": ""})
     return panels, []
 
 
-def _bar(row: Mapping[str, Any], values: Sequence[float], marks: Mapping[str, int], spec: Mapping[str, Any]) -> bars.Bar:
+def _bar(row: Mapping[str, Any], values: Sequence[float], marks: Mapping[str, int]) -> bars.Bar:
     index = marks.get(row["title"], 0) if row["kind"] == "method" else -1 if row["kind"] == "original" else None
     if not values:
         return bars.Bar(row["label"], index, None, None, f"{row['label']}: no value was stored")
@@ -201,7 +201,8 @@ def _heat(spec: Mapping[str, Any], held: Sequence[tuple[dict, Curves]], marks: M
     for row, curves in held:
         found = pointwise(curves, xs)
         means = [math.fsum(v) / len(v) if v else None for v in found]
-        said = [f"{row['label']}, {_words(x)}: {_seeds(v) if v else 'no value was stored'}" for x, v in zip(xs, found, strict=True)]
+        told = [_seeds(v) if v else "no value was stored" for v in found]
+        said = [f"{row['label']}, {_words(x)}: {words}" for x, words in zip(xs, told, strict=True)]
         rows.append(lines.HeatRow(row["label"], means, said))
         every += [v for v in means if v is not None]
     low, high = min(every), max(every)

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from .svg import LETTER, Axis, LogAxis, box, line, path, picture, room, shortened, text
 from .table import DASH
 
 ROC_LOW = 1e-3  # where a ROC curve's axes begin
 Value = float | None
-SLANT, STEEP = 38, 60  # degrees of words that do not fit side by side: above a heat map, below a small plot
+STEEP = 60  # degrees by which words are turned that do not fit side by side
+BESIDE = 38.0  # pixels right of a heat map, into which turned words reach
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _fitting(ticks: Sequence[tuple[float, str]], x: Axis) -> tuple[list[tuple[fl
     size = LETTER * 12
     if len(ticks) < 2:
         return list(ticks), False, 0.0
-    step = min(abs(x(b[0]) - x(a[0])) for a, b in zip(ticks, ticks[1:], strict=False))
+    step = min(abs(x(b[0]) - x(a[0])) for a, b in pairwise(ticks))
     longest = max(len(words) for _, words in ticks) * size
     if longest <= step - 5:
         return list(ticks), False, 0.0
@@ -161,21 +163,21 @@ def heat(
     """
     letters = min(max(len(row.name) for row in rows), room(max(110.0, min(250.0, 0.34 * width))))
     left, tall = letters * LETTER * 12.5 + 10, 23.0
-    fit = max(1, int((width - left - 30) / 46))
+    fit = max(1, int((width - left - BESIDE) / 44))
     chunks = math.ceil(len(columns) / fit)
     fit = math.ceil(len(columns) / chunks)
-    cell = min(74.0, (width - left - 30) / fit)
+    cell = min(74.0, (width - left - BESIDE) / fit)
     parts, top = [_scale(left, ends, label, places, width)], 40.0
     for start in range(0, len(columns), fit):
         names = columns[start : start + fit]
         longest = max(len(name) for name in names) * LETTER * 12
         slanted = longest > cell - 5
         names = [shortened(name, 18) for name in names] if slanted else list(names)
-        rise = max(len(n) for n in names) * LETTER * 12 * math.sin(math.radians(SLANT)) + 8 if slanted else 16.0
+        rise = max(len(n) for n in names) * LETTER * 12 * math.sin(math.radians(STEEP)) + 8 if slanted else 16.0
         top += rise
         for j, name in enumerate(names):
             at = left + cell * (j + 0.5)
-            turn = f' transform="rotate(-{SLANT} {at:.1f} {top - 6:.1f})"' if slanted else ""
+            turn = f' transform="rotate(-{STEEP} {at:.1f} {top - 6:.1f})"' if slanted else ""
             parts.append(text(at, top - 6, name, "start" if slanted else "middle", "tick", turn, columns[start + j]))
         for row in rows:
             words = shortened(row.name, letters)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-from .svg import Axis, LogAxis, box, line, marker, path, picture, place_labels, shortened, text
+from .svg import Axis, LogAxis, box, line, marker, path, picture, place_labels, room, shortened, text
 from .table import number
 
 Plane = tuple[Axis | LogAxis, Axis]
@@ -48,9 +49,7 @@ def front(points: Sequence[Point], more: bool) -> list[Point]:
     sign = -1 if more else 1
 
     def beaten(p: Point) -> bool:
-        return any(
-            sign * q.x <= sign * p.x and q.y <= p.y and (sign * q.x < sign * p.x or q.y < p.y) for q in rivals
-        )
+        return any(sign * q.x <= sign * p.x and q.y <= p.y and (sign * q.x < sign * p.x or q.y < p.y) for q in rivals)
 
     return sorted((p for p in rivals if not beaten(p)), key=lambda p: p.x)
 
@@ -129,17 +128,17 @@ def _top(points: Sequence[Point], floor: tuple[float, float] | None) -> float:
     return max(*(v for p in points for v in (p.y, *(p.y_ends or ()))), *(floor or ()), 1e-6) * 1.12
 
 
-def _steps(best: Sequence[Point], plane: Plane, frame: Frame, more: bool) -> str:
+def _steps(best: Sequence[Point], plane: Plane, frame: Frame, more: bool) -> list[tuple[float, float]]:
     """The edge of what the front beats: up and to the left of it where high x is good, else up and to the right."""
     if len(best) < 2:
-        return ""
+        return []
     x, y = plane
     spots = [(x(p.x), y(p.y)) for p in best]
-    corners = [(b[0], a[1]) if not more else (a[0], b[1]) for a, b in zip(spots, spots[1:], strict=False)]
+    corners = [(b[0], a[1]) if not more else (a[0], b[1]) for a, b in pairwise(spots)]
     run = [spot for pair in zip(spots, corners, strict=False) for spot in pair] + [spots[-1]]
     first = (frame[0], spots[0][1]) if more else (spots[0][0], frame[1])
     last = (spots[-1][0], frame[1]) if more else (frame[2], spots[-1][1])
-    return path([first, *run, last], "front")
+    return [first, *run, last]
 
 
 def _plane(
@@ -150,7 +149,7 @@ def _plane(
     marks: Sequence[tuple[float, str]],
     floor: tuple[float, float] | None,
     behind: Sequence[str],
-    steps: str,
+    steps: Sequence[tuple[float, float]],
     best: Sequence[Point],
 ) -> str:
     (x, y), (left, top, right, bottom) = plane, frame
@@ -163,22 +162,29 @@ def _plane(
         said = f"retrained against retrained: gaps up to {number(floor[1], names[2])}"
         parts.append(box(left, y(floor[1]), right - left, bottom - y(floor[1]), "floor", said))
         parts.append(line(left, y(floor[1]), right, y(floor[1]), "floor-edge"))
-    parts += [*behind, line(left, bottom, right, bottom, "base"), steps]
+    parts += [*behind, line(left, bottom, right, bottom, "base"), path(steps, "front")]
     spots = [(x(p.x), y(p.y)) for p in points]
     taken = [(px - 8, py - 8, px + 8, py + 8) for px, py in spots]
+    taken += [(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in pairwise(steps)]
+    for p, (px, py) in zip(points, spots, strict=True):  # names keep off the lines too, which are thin, so if they can
+        if p.x_ends:
+            taken.append((x(p.x_ends[0]), py - 1, x(p.x_ends[1]), py + 1))
+        if p.y_ends:
+            taken.append((px - 1, y(p.y_ends[1]), px + 1, y(p.y_ends[0])))
     parts += [_whiskers(p, px, py, x, y) for p, (px, py) in zip(points, spots, strict=True)]
     for p, (px, py) in zip(points, spots, strict=True):
         style = "mark flagged" if p.flagged else "mark"
         parts.append(f'<g class="{style}"><title>{escape(p.title)}</title>{marker(p.index, px, py)}</g>')
     bold = frozenset(i for i, p in enumerate(points) if p in best)
-    labels = [_label(p, x, y) for p in points]
+    most = min(28, max(15, room(0.33 * (right - left), 13)))
+    labels = [_label(p, x, y, most) for p in points]
     parts += place_labels(labels, spots, taken, (left, top, right, bottom - 2), bold=bold)
     return "".join(parts)
 
 
-def _label(p: Point, x: Axis | LogAxis, y: Axis) -> str:
+def _label(p: Point, x: Axis | LogAxis, y: Axis, most: int) -> str:
     """The name; a point that is drawn at the edge because it lies outside says where it is."""
-    name, outside = shortened(p.name, 28), []
+    name, outside = shortened(p.name, most), []
     if not x.low <= p.x <= x.high:
         outside.append(f"{'←' if p.x < x.low else '→'} {number(p.x, '%')}")
     if p.y > y.high:

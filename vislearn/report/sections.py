@@ -13,8 +13,8 @@ from .table import SECTIONS, columns, filled
 WORDS = {
     "forgetting": "How close the model is to one that never saw the rows. The aim is the retrained models' value.",
     "utility": "What the model is still good for on rows that were to stay.",
-    "membership": "Whether an attacker can tell that the forgotten rows were trained on. The aim is what the same attack "
-    "says of the retrained models; neither zero nor chance is the aim.",
+    "membership": "Whether an attacker can tell that the forgotten rows were trained on. The aim is what the same "
+    "attack says of the retrained models; neither zero nor chance is the aim.",
     "representation": "What the layers still hold. Retrained models hold much of it as well, so only the excess over "
     "them counts.",
     "robustness": "Whether what was forgotten comes back when somebody tries. Retrained models learn it back too, so "

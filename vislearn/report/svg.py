@@ -208,12 +208,10 @@ def place_labels(
                 dx, dy = far * math.cos(math.radians(turn)), far * math.sin(math.radians(turn))
                 x1 = px + dx - (wide if dx < -1e-6 and abs(dx) > 1 else wide / 2 if abs(dx) <= 1 else 0)
                 spot = (x1, py + dy - size / 2, x1 + wide, py + dy + size / 2)
-                cost = (
-                    0.35 * far
-                    + 0.01 * turn
-                    + sum(_overlap(spot, other) for other in taken)
-                    + 40 * _outside(spot, frame)
-                )
+                cost = 0.35 * far + 0.01 * turn
+                if best is not None and cost >= best[0]:
+                    continue
+                cost += sum(_overlap(spot, other) for other in taken) + 40 * _outside(spot, frame)
                 if best is None or cost < best[0]:
                     best = (cost, spot, far)
         assert best is not None
