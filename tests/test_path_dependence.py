@@ -195,6 +195,10 @@ def test_staged_networks_part_under_gradient_ascent(digits: dict[str, tuple[Tens
     assert found.forget.shape == found.retain.shape == found.drop.shape == (4, 13)
     assert found.forget[3, 0] > 0.95  # trained last, known best
     assert found.drop[:, 0].tolist() == [0.0] * 4
-    assert (found.drop[:, -1] > 0.1).all()
-    assert spread(found.forget)[0] > 0.5  # catastrophic forgetting makes early positions forget before any request
+    assert (found.drop[:, -1] > 0).all()
+    assert found.drop[3, -1] < 0.1 * found.drop[:3, -1].min()  # the recency effect: what came last goes last
+    assert spread(found.forget)[0] > 0.5  # catastrophic forgetting: early stages are gone before any request
+    assert recency(found.forget)[0] is None
     assert found.apart[0] > 0.05
+    with pytest.raises(ValueError, match="no models"):
+        follow([], ascend, digits["U"], retain)

@@ -11,7 +11,7 @@ References:
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ def burn(
 
 
 def alignment(model: nn.Module, x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor) -> float:
-    """<grad L_val, grad CE(x)>: how much a unit step of ascent on a request raises the loss elsewhere, to first order."""
+    """<grad L_val, grad CE(x)>: by how much a unit step of ascent on a request raises L_val, to first order."""
     victim = copy.deepcopy(model).eval().requires_grad_(True)
     weights = list(victim.parameters())
     one, other = (torch.autograd.grad(F.cross_entropy(victim(a), b), weights) for a, b in ((x, y), (x_val, y_val)))

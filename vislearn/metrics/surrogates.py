@@ -1,7 +1,7 @@
 """Proximal surrogates: images that carry what was to be forgotten and are not the images that were forgotten.
 
-A method can lower its accuracy on D_f itself and leave the knowledge in place, which then shows on relatives of D_f. The
-gap, accuracy on surrogates minus accuracy on D_f, is to be compared with the retrained models': where a class is
+A method can lower its accuracy on D_f itself and leave the knowledge in place, which then shows on relatives of D_f.
+The gap, accuracy on surrogates minus accuracy on D_f, is to be compared with the retrained models': where a class is
 forgotten, both sets should be; where single rows are, surrogates should not change.
 
 Reference:

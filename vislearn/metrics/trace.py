@@ -22,6 +22,7 @@ from scipy.special import expit
 from torch import Tensor
 
 Array = NDArray[Any]
+Blocks = Sequence[Sequence[int]]
 FOLDS, PERMUTATIONS = 5, 99
 NEAR = 1e-12  # statistics closer than this are a tie
 
@@ -181,8 +182,8 @@ def seeds_for(p: float = 0.05) -> int:
     return next(n for n in itertools.count(2) if 2 / math.comb(2 * n, n) <= p)
 
 
-def _split_by_model(models: Sequence[Array], families: Sequence[Sequence[Sequence[int]]], folds: int, C: float) -> Trace:
-    """Fit and ask, fold by fold: `families` hold blocks of model numbers that stay together."""
+def _split_by_model(models: Sequence[Array], families: Sequence[Blocks], folds: int, C: float) -> Trace:
+    """Fit and ask, fold by fold: the families are blocks of model numbers that stay together."""
     k = min(folds, *(len(blocks) for blocks in families))
     share, log_odds = np.zeros(len(models)), np.zeros(len(models))
     label = np.zeros(len(models), dtype=bool)
