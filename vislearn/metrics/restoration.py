@@ -35,8 +35,10 @@ NEAREST = 8  # latents with the nearest firing rates, of which a random control 
 
 
 def to_stream(output: Tensor) -> Tensor:
-    """A layer's output as a stream: maps (b, c, h, w) -> (b, h w, c), vectors (b, d) -> (b, 1, d), tokens as they are."""
-    return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output.unsqueeze(1) if output.ndim == 2 else output
+    """A layer's output as a stream: maps (b, c, h, w) -> (b, h w, c), vectors (b, d) -> (b, 1, d), tokens stay."""
+    if output.ndim == 4:
+        return output.flatten(2).transpose(1, 2)
+    return output.unsqueeze(1) if output.ndim == 2 else output
 
 
 def from_stream(stream: Tensor, output: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Sparse autoencoders: a layer's activations as sums of few directions out of many, learned without labels.
 
-Tokens are the positions of a feature map or the patch tokens of a transformer, each a vector (d,). They are standardised
-per dimension by statistics kept in the autoencoder, when it is trained and when it is applied.
+Tokens are the positions of a feature map or the patch tokens of a transformer, each a vector (d,). They are
+standardised per dimension by statistics kept in the autoencoder, when it is trained and when it is applied.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 LEAST_EXPLAINED = 0.85  # share of the variance; below it, or with more dead latents, nothing is read into the latents
 MOST_DEAD = 0.1
 AUXILIARY = 1 / 32  # weight of the loss that revives dead latents (Gao et al., arXiv:2406.04093, appendix A.2)
-CHECK_EVERY = 500  # steps between looks at the tokens that are not trained on
+CHECK_EVERY = 250  # steps between looks at the tokens that are not trained on
 GAIN = 0.005  # of explained variance between two looks; less, and training has converged
 
 
@@ -221,7 +221,7 @@ def _step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Tensor, d
     if l1:
         loss = loss + l1 * z.abs().mean()
     if dead.any():
-        loss = loss + AUXILIARY * _revive(sae, pre, residual.detach(), dead)
+        loss = loss + AUXILIARY * revival_loss(sae, pre, residual.detach(), dead)
     optimizer.zero_grad()
     loss.backward()
     with torch.no_grad():
@@ -233,10 +233,16 @@ def _step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Tensor, d
     return z.detach()
 
 
-def _revive(sae: SparseAutoencoder, pre: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-    """Error of the dead latents' own reconstruction of what is left over, relative to what is left over."""
+def revival_loss(sae: SparseAutoencoder, pre: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    """How badly dead latents alone describe what the others leave over, relative to its size.
+
+    Args:
+        sae: the autoencoder.
+        pre: (b, h) values before units are chosen; at most d / 2 of the dead ones are used per token.
+        residual: (b, d) what is left over, a constant.
+        dead: (h,) bool, at least one.
+    """
     k = min(int(dead.sum()), max(1, residual.shape[1] // 2))
     values, where = pre.masked_fill(~dead, float("-inf")).topk(k, dim=1)
     z = torch.zeros_like(pre).scatter(1, where, F.relu(values))
     return (residual - z @ sae.decoder.T).square().mean() / residual.square().mean().clamp(min=1e-12)
-
