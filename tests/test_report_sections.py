@@ -326,6 +326,28 @@ def test_text_of_the_user_is_escaped_in_sections() -> None:
     read(found)
 
 
+# notes
+
+
+def test_a_note_of_every_method_is_said_once(results: dict[str, Any]) -> None:
+    given = copy.deepcopy(results)
+    rule = given["rules"][0]
+    everywhere, methods_only = "no LiRA: it needs 16 shadow models", "no trace detection: too few models"
+    for method in rule["methods"]:
+        method["notes"] = [everywhere, methods_only] if method["status"] == "done" else []
+    rule["methods"][0]["notes"] = [*rule["methods"][0]["notes"], "only mine"]
+    rule["warnings"] += [f"{kind}: {everywhere}" for kind in ("original", "retrained")]
+    drawn = context(given)["rules"][0]
+    assert f"all models: {everywhere}" in drawn["warnings"]
+    assert f"all methods: {methods_only}" in drawn["warnings"]
+    assert not [w for w in drawn["warnings"] if w.startswith(("original:", "retrained:"))]
+    assert [note for row in drawn["methods"] for note in row["own_notes"]] == ["only mine"]
+    assert read(render(given)).text.count(everywhere) == 1
+    stream = io.StringIO()
+    print_table(given, Console(file=stream, width=300))
+    assert stream.getvalue().count(everywhere) == 1
+
+
 # the terminal
 
 

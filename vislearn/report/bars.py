@@ -163,8 +163,7 @@ def model_bars(items: Sequence[Bar], low: float, high: float, label: str, width:
         if item.value is None:
             values.append(text(x(0) + 4, y + 4, DASH, "start", "value over", title=item.title))
             continue
-        kind = "k-unlearned" if (item.index or 0) >= 0 and item.index is not None else "k-original"
-        kind = "k-retrained" if item.index is None else kind
+        kind = "k-retrained" if item.index is None else "k-original" if item.index < 0 else "k-unlearned"
         start, end = sorted((x(0), x(item.value)))
         parts.append(box(start, y - 5, max(1.0, end - start), 10, kind, item.title))
         tip = end

@@ -209,6 +209,7 @@ def _heat(spec: Mapping[str, Any], held: Sequence[tuple[dict, Curves]], marks: M
     places = 3 if high - low < 0.03 else 2 if max(abs(low), abs(high)) < 10 else 1
     step = 10.0**-places
     ends = (math.floor(low / step) * step, math.ceil(high / step) * step)
+    first = sum(row["kind"] != "method" for row, _ in held)
     columns, label = [_words(x) for x in xs], str(spec.get("y") or "")
-    wide, narrow = (lines.heat(rows, columns, ends, label, width, places) for width in (WIDE, NARROW))
+    wide, narrow = (lines.heat(rows, columns, ends, label, width, places, first) for width in (WIDE, NARROW))
     return [{"title": "", "glyph": "", "flagged": False, "wide": wide, "narrow": narrow}], []

@@ -149,17 +149,24 @@ def level(value: float, low: float, high: float) -> int:
 
 
 def heat(
-    rows: Sequence[HeatRow], columns: Sequence[str], ends: tuple[float, float], label: str, width: float, places: int
+    rows: Sequence[HeatRow],
+    columns: Sequence[str],
+    ends: tuple[float, float],
+    label: str,
+    width: float,
+    places: int,
+    references: int = 0,
 ) -> str:
     """Models by names, the value printed in each cell; what does not fit into the width goes below.
 
     Args:
-        rows: from top to bottom; a rule is drawn under the references, the first rows up to one named "Retrained".
+        rows: from top to bottom.
         columns: the names.
         ends: lowest and highest value of the shades.
         label: what the values are.
         width: of the drawing, in pixels.
         places: digits after the point.
+        references: how many rows stand above the rule that parts them from the methods.
     """
     letters = min(max(len(row.name) for row in rows), room(max(110.0, min(250.0, 0.34 * width))))
     left, tall = letters * LETTER * 12.5 + 10, 23.0
@@ -179,13 +186,13 @@ def heat(
             at = left + cell * (j + 0.5)
             turn = f' transform="rotate(-{STEEP} {at:.1f} {top - 6:.1f})"' if slanted else ""
             parts.append(text(at, top - 6, name, "start" if slanted else "middle", "tick", turn, columns[start + j]))
-        for row in rows:
+        for i, row in enumerate(rows):
             words = shortened(row.name, letters)
             parts.append(text(left - 8, top + tall / 2 + 4, words, "end", "item", title=row.name))
             for j in range(len(names)):
                 parts.append(_cell(row, start + j, left + cell * j, top, (cell, tall), ends, places))
             top += tall
-            if row.name == "Retrained":
+            if i + 1 == references < len(rows):
                 parts.append(line(0, top + 2, left + cell * len(names), top + 2, "base"))
                 top += 4
         top += 14

@@ -24,8 +24,8 @@ addEventListener("hashchange", openTarget);
 openTarget();
 
 const copy = async (text) => {
-  if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
-  const area = document.createElement("textarea"); // a page opened over plain http has no clipboard
+  try { return await navigator.clipboard.writeText(text); } catch { /* plain http, or not allowed: the older way */ }
+  const area = document.createElement("textarea");
   area.value = text;
   document.body.append(area);
   area.select();

@@ -21,7 +21,7 @@ from . import figures, lines, scatter
 from .graphs import KINDS
 from .sections import downloads, sections
 from .svg import glyph
-from .table import DASH, columns, filled, gap_of, gap_text, grouped, interval, number, rows
+from .table import DASH, columns, filled, gap_of, gap_text, grouped, interval, number, rows, said_once, shared_notes
 
 SET_WORDS = {
     "forget": "to forget",
@@ -168,6 +168,7 @@ def _rule(
     top = max((e for c in sound for e in (c["mean"], *(interval(c["gap"]) or ()))), default=1.0)
     floor = gap_of(rule.get("floor"), "gap/mean")
     shade = (interval(floor) or (0.0, float(floor["mean"])))[1] if floor else None
+    once = shared_notes(table)
     for i, row in enumerate(table):
         index = marks.get(row["title"]) if row["kind"] == "method" else None
         cell = row["cells"]["gap/mean"]
@@ -177,6 +178,7 @@ def _rule(
             "settings": _settings(row),
             "strip": scatter.strip(cell["mean"], interval(cell["gap"]), shade, top, index) if cell["gap"] else "",
             "badges": grouped(row["flags"]),
+            "own_notes": [note for note in row["notes"] if note not in once],
             "gaps": _gap_table(row["source"], columns(results, None)),
             "commands": _commands(results, row),
         }
@@ -270,7 +272,7 @@ def _spoken(gap: Mapping[str, Any]) -> str:
 
 def _warnings(rule: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> list[str]:
     """The rule's own warnings, and what the numbers themselves cannot support."""
-    said = [str(w) for w in rule.get("warnings") or []]
+    said = said_once([str(w) for w in rule.get("warnings") or []], shared_notes(table))
     if not rule.get("floor"):
         said.append(
             str(rule.get("floor_note") or "there is no floor: it needs two retrained models of different seeds")

@@ -382,6 +382,22 @@ def _score(cell: dict[str, Any], by_gap: bool, floor: Mapping[str, Any] | None) 
     return float(cell["gap"]["mean"]) if cell["gap"] else None
 
 
+def shared_notes(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The notes that every method of a rule has, which are worth saying once; none with fewer than two methods."""
+    done = [row["notes"] for row in table if row["kind"] == "method" and row["status"] == "done"]
+    return [note for note in done[0] if all(note in notes for notes in done)] if len(done) > 1 else []
+
+
+def said_once(warnings: Sequence[str], shared: Sequence[str]) -> list[str]:
+    """A rule's warnings and the notes of all its methods, where a note of the references too is said of all models."""
+    out, twins = list(warnings), [f"{kind}: {{}}" for kind in ("original", "retrained")]
+    for note in shared:
+        same = [twin.format(note) for twin in twins if twin.format(note) in out]
+        out = [sentence for sentence in out if sentence not in same]
+        out.append(f"all {'models' if len(same) == len(twins) else 'methods'}: {note}")
+    return out
+
+
 def grouped(flags: Sequence[str]) -> list[tuple[str, str]]:
     """Flags as (short name, sentences): what seeds report under one name, with other numbers, stands together."""
     found: dict[str, list[str]] = {}

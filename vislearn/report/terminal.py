@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .table import DASH, SECTIONS, columns, filled, grouped, rows
+from .table import DASH, SECTIONS, columns, filled, grouped, rows, said_once, shared_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,14 +63,15 @@ def _print_rule(rule: Mapping[str, Any], table: Sequence[dict[str, Any]], heads:
     }
     _say(console, f"{lines[detail]}; * best without a flag", "dim")
     _say(console, "floor: the gap of retrained against retrained; = a mean gap within it", "dim")
+    once = shared_notes(table)
     for row in table:
         for name, sentence in grouped(row["flags"]):
             words = sentence if name == "note" else f"{name}: {sentence}".removesuffix(": ")
             _say(console, f"! {row['label']}: {words}", "yellow")
-        for sentence in row["notes"]:
+        for sentence in (note for note in row["notes"] if note not in once):
             _say(console, f"- {row['label']} says: {sentence}")
     floor_note = [rule["floor_note"]] if not rule.get("floor") and rule.get("floor_note") else []
-    for sentence in dict.fromkeys([*(rule.get("warnings") or []), *floor_note]):
+    for sentence in dict.fromkeys([*said_once(rule.get("warnings") or [], once), *floor_note]):
         _say(console, f"- {sentence}")
 
 
