@@ -26,7 +26,7 @@ def test_one_step_by_hand() -> None:
     torch.manual_seed(0)
     w, g = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
     p = torch.nn.Parameter(w.clone())
-    optimiser = Muon([p], [], lr=1.0, matrix_lr=0.1, matrix_momentum=0.6)
+    optimiser = Muon([p], [], lr=1.0, matrix_lr=0.1, momentum=0.6)
     p.grad = g.clone()
     optimiser.step()
     expected = w * 2 / w.norm() - 0.1 * orthogonalise((1.6 * g).reshape(4, 12)).view_as(w)

@@ -71,7 +71,7 @@ class Learner(LightningModule, ABC):
             that orthogonalises the update of every convolution but the first, for short trainings; each of these
             convolutions needs a normalisation behind it.
         lr: base learning rate, for the batch size of the data.
-        momentum: momentum of SGD.
+        momentum: momentum of SGD and of Muon.
         nesterov: Nesterov's form of the momentum.
         weight_decay: weight decay on every parameter, biases and normalisations included, as in the code of the
             unlearning papers; `muon` fixes the norm of its convolutions instead.
@@ -95,7 +95,7 @@ class Learner(LightningModule, ABC):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 5e-4,
-        muon_lr: float = 0.2,
+        muon_lr: float = 0.03,
         schedule: Schedule = "cosine",
         milestones: list[int] | None = None,
         gamma: float = 0.1,
@@ -198,7 +198,7 @@ class Learner(LightningModule, ABC):
         matrices = [p for p in parameters if p.ndim == 4][1:]
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
-        return Muon(matrices, rest, self.lr, self.muon_lr, self.momentum, weight_decay=self.weight_decay)
+        return Muon(matrices, rest, self.lr, self.muon_lr, self.momentum, self.weight_decay)
 
     @property
     def init_args(self) -> dict[str, Any]:

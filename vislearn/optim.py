@@ -40,18 +40,16 @@ class Muon(torch.optim.Optimizer):
         rest: all other parameters, for plain SGD.
         lr: rate of the rest.
         matrix_lr: rate of the matrices.
-        momentum: momentum of the rest.
-        matrix_momentum: momentum of the matrices.
+        momentum: of both groups.
         weight_decay: weight decay of the rest.
     """
 
     def __init__(
-        self, matrices: Iterable[Tensor], rest: Iterable[Tensor], lr: float, matrix_lr: float = 0.2,
-        momentum: float = 0.9, matrix_momentum: float = 0.6, weight_decay: float = 0.0,
+        self, matrices: Iterable[Tensor], rest: Iterable[Tensor], lr: float, matrix_lr: float = 0.03,
+        momentum: float = 0.9, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
         groups: list[dict[str, Any]] = [
-            {"params": list(matrices), "matrix": True, "lr": matrix_lr, "momentum": matrix_momentum,
-             "weight_decay": 0.0},
+            {"params": list(matrices), "matrix": True, "lr": matrix_lr, "momentum": momentum, "weight_decay": 0.0},
             {"params": list(rest), "matrix": False, "lr": lr, "momentum": momentum, "weight_decay": weight_decay},
         ]
         super().__init__([g for g in groups if g["params"]], {})
