@@ -93,10 +93,11 @@ def attach(subject: Subject, artifact: Artifact) -> None:
     subject.found.update(Found(content["numbers"], content["notes"], curves))
     stored = artifact.path / "activations.safetensors"
     if stored.exists():
+        tensors = load_file(stored)
         by_set: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(stored).items():
+        for name in content["activations"]:  # in the order of the layers, which the file of tensors does not keep
             where, layer = name.split("/", 1)
-            by_set.setdefault(where, {})[layer] = tensor
+            by_set.setdefault(where, {})[layer] = tensors[name]
         subject.stored_activations = {**subject.stored_activations, **by_set}
 
 
@@ -116,7 +117,7 @@ def make(subject: Subject, bench: Bench, tier: Tier, store: Store, plan: Mapping
         with store.writing(name) as folder:
             meta = {"kind": "measure", "seconds": time.perf_counter() - start, "versions": runs.versions(),
                     "machine": runs.machine(bench.device), "created": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
-            content = {"numbers": found.numbers, "notes": found.notes,
+            content = {"numbers": found.numbers, "notes": found.notes, "activations": list(activations),
                        "curves": {k: {"x": list(c.x), "y": list(c.y)} for k, c in found.curves.items()}}  # fmt: skip
             for file, what in (("recipe", plan), ("meta", meta), ("found", content)):
                 (folder / f"{file}.json").write_text(json.dumps(runs.as_json(what), indent=1))

@@ -6,6 +6,9 @@ from typing import Any
 
 from . import evaluation as ev
 from .data import ForgetDataModule
+from .measures.membership import uninformative
+from .metrics.gap import over_pairs
+from .metrics.relearn import anamnesis
 
 
 def compare(
@@ -43,6 +46,7 @@ def compare(
     out["warnings"] = [w for s in originals for w in ev.check_original(s, sets)]
     out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
     out["warnings"] += headline_missing(out["models"]["original"])
+    out["warnings"] += uninformative(*(out["models"][k]["metrics"] for k in ("original", "retrained")))
     if len(retrained) < 2:
         out["floor_note"] = (
             f"{len(retrained)} retrained model{'s' * (len(retrained) != 1)}: no floor can be given; "
@@ -104,6 +108,8 @@ def entry(
         notes += s.report.get("warnings", [])
     theirs, reference = with_pools(method.get("pools") or {}, subjects, retrained, benches, found, theirs)
     distances = ev.to_retrained(subjects, retrained, own)
+    if index := relearning(numbers, theirs, found["notes"]):
+        distances["to_retrained"]["forget/anamnesis"] = index
     row["flags"], row["notes"] = (one_per_kind(texts, len(subjects)) for texts in (flags, notes))
     row["absent"] = list(dict.fromkeys(found["notes"] + distances["notes"]))
     row |= {
@@ -145,6 +151,26 @@ def with_pools(
     found["notes"] += said["unlearned"]["notes"] + whole.notes
     reference = {name: {k: said[name][k] for k in ("metrics", "curves")} for name in ("original", "retrained")}
     return {**theirs, **said["retrained"]["metrics"]}, reference
+
+
+def relearning(
+    numbers: Mapping[str, list[float]], theirs: Mapping[str, list[float]], notes: list[str]
+) -> dict[str, Any] | None:  # fmt: skip
+    """The anamnesis index over pairs of models, from their counts of relearning steps; None where it is not defined."""
+    key = "forget/relearn_steps"
+    if key not in numbers or not theirs.get(key):
+        return None
+    pairs = [[anamnesis(u, r) for r in theirs[key]] for u in numbers[key]]
+    notes += dict.fromkeys(note for row in pairs for _, note in row if note)
+    values = [[value for value, _ in row] for row in pairs]
+    defined = [value for row in values for value in row if value is not None]
+    if not defined:
+        return None
+    if len(defined) < len(numbers[key]) * len(theirs[key]):
+        notes.append(f"the anamnesis index is the mean of {len(defined)} of {len(numbers[key]) * len(theirs[key])} "
+                     "pairs of models: for the others it is not defined")  # fmt: skip
+        return {"mean": sum(defined) / len(defined), "low": None, "high": None, "pairs": len(defined)}
+    return over_pairs(values)
 
 
 def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:
