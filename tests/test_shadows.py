@@ -11,10 +11,14 @@ import yaml
 from toy_data import Toy, refusal
 
 from vislearn.benchmark import Resolver
+from vislearn.evaluation import load_outputs
 from vislearn.forget import ClassForget
+from vislearn.learner import Classifier
 from vislearn.main import main
+from vislearn.metrics.signals import logit_scaled
 from vislearn.recipe import key, recipe
 from vislearn.shadow_matrix import IN, OUT, UNLEARN, Matrix, ShadowForget, ShadowRows, dealt, halves, read_matrix
+from vislearn.shadow_pool import signals
 from vislearn.shadows import Shadows
 from vislearn.store import Store
 
@@ -213,6 +217,29 @@ def test_a_class_is_unlearned_whole(tmp_path: Path, resolve: Resolver) -> None:
     assert len(asked)  # rows of the class that the audited models have never seen
 
 
+def test_no_shadow_models_of_a_shadow_model(tmp_path: Path, resolve: Resolver) -> None:
+    inner = shadows(tmp_path, resolve, models=4).job_config("fit", 0)
+    assert "of a shadow model" in refusal(lambda: Shadows(inner, Store(tmp_path), resolve))
+
+
+def test_mirror_images_are_a_second_query_and_the_model_stays_as_it_was() -> None:
+    data = Toy()
+    data.setup()
+    model = Classifier(arch="cnn", num_classes=2, in_channels=3, image_size=8)
+    model.network.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([4, 1, 7])
+    found = signals(model, data, ids, 2)
+    assert found.shape == (3, 2)
+    assert np.array_equal(found[:, :1], signals(model, data, ids, 1))
+    assert all(module.training for module in model.network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    x, y = next(iter(data.loader(ids, train=False)))
+    with torch.no_grad():
+        mirrored = model.eval()(x.flip(-1))
+    assert np.allclose(found[:, 1], logit_scaled(mirrored, y).numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("rule", "more", "words"),
     [
@@ -269,9 +296,6 @@ def test_the_pool_is_what_the_stored_models_say(made: Shadows) -> None:
     assert np.isfinite(pool.phi).all()
     assert pool.keys == [made.key("fit", i) for i in range(4)]
     assert pool.notes == []
-    from vislearn.evaluation import load_outputs
-    from vislearn.metrics.signals import logit_scaled
-
     for i in range(4):  # rows that are in were also predicted by the command itself
         stored = load_outputs(made.store[pool.keys[i]].outputs)["train"]
         inside = torch.from_numpy(pool.mask(IN)[i])
