@@ -228,7 +228,7 @@ def test_aggregates_by_hand() -> None:
 
 def reading(u_r: Sequence[float] = (0.85, 0.87), r_r: Sequence[float] = (0.84, 0.88, 0.86)) -> Reading:
     accuracy, knn = (0, 0.02, 0.01), (0.9, 0.91, 0.92)
-    return Reading(0.7, (0.6, 0.62, 0.64), {"forget": u_r}, {"forget": r_r}, 0.01, accuracy, 0.9, knn)
+    return Reading(0.7, (0.6, 0.62, 0.64), {"forget": u_r}, {"forget": r_r}, 0.01, accuracy, 0.99, 0.9, knn)
 
 
 def test_verdicts_follow_the_numbers() -> None:
@@ -239,13 +239,15 @@ def test_verdicts_follow_the_numbers() -> None:
     assert list(verdicts(head)) == ["head-only"]
     assert "head-only" not in verdicts(replace(head, u_o=0.94))
     assert "head-only" not in verdicts(replace(head, o_r=(0.6, 0.62, 0.96)))  # seeds of r do as much
-    assert "head-only" not in verdicts(replace(head, forget_accuracy=0.9))  # the original itself
+    assert "head-only" not in verdicts(replace(head, forget_accuracy=0.99))  # the original itself
+    assert "head-only" not in verdicts(replace(head, forget_accuracy_o=0.03))  # nothing to forget
     broken = replace(reading(), retain_knn=0.85)
     assert "wrecked" in verdicts(broken)
     assert "6.0 points below" in verdicts(broken)["wrecked"]
     assert "wrecked" not in verdicts(replace(broken, retain_knn_r=(0.8, 0.9, 1.0)))  # within three deviations
     assert "wrecked" not in verdicts(replace(reading(), retain_knn=0.99, retain_knn_r=(1, 1, 1)))
-    assert "same on every row" in verdicts(replace(reading(), retain_knn=math.nan))["wrecked"]
+    assert "same on every row" in verdicts(replace(reading(), retain_knn=math.nan, dead=True))["wrecked"]
+    assert "wrecked" not in verdicts(replace(reading(), retain_knn=math.nan))
 
 
 def test_without_seeds_there_is_no_range_and_no_verdict_on_it() -> None:

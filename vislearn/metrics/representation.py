@@ -228,8 +228,10 @@ class Reading:
         r_r: set -> CKA of r to r, over all pairs: the spread of seeds.
         forget_accuracy: accuracy of u on forget rows, in [0, 1], mean over its runs.
         forget_accuracy_r: the same of each r.
-        retain_knn: k-NN accuracy of u on retained classes, mean over its runs; NaN where its features are dead.
+        forget_accuracy_o: the same of o.
+        retain_knn: k-NN accuracy of u on retained classes, mean over its runs; NaN where there is none.
         retain_knn_r: the same of each r.
+        dead: whether the features of u are the same on every row.
     """
 
     u_o: float
@@ -238,15 +240,18 @@ class Reading:
     r_r: Mapping[str, Sequence[float]]
     forget_accuracy: float
     forget_accuracy_r: Sequence[float]
+    forget_accuracy_o: float
     retain_knn: float
     retain_knn_r: Sequence[float]
+    dead: bool = False
 
 
 def verdicts(r: Reading, close: float = 0.95, clear: float = 0.05, least: float = 0.02) -> dict[str, str]:
     """What the two sides say together, as verdict -> sentence with its numbers; none, one or several apply.
 
-    - `head-only`: CKA(u, o) above `close` on forget rows, CKA(o, r) lower by at least `clear` for every r, and the
-      forget accuracy within three standard deviations of the retrained models' (at least `clear`) of theirs.
+    - `head-only`: CKA(u, o) above `close` on forget rows, CKA(o, r) lower by at least `clear` for every r, and a
+      forget accuracy near that of r, which is to say by no more than `clear` or three standard deviations over seeds.
+      The original's must not be near: else there was nothing to forget, and features may stay.
     - `wrecked`: k-NN accuracy on retained classes below that of r by more than three standard deviations over seeds
       (at least `least`, below which a thousand rows tell nothing apart), or dead features.
     - `consistent`: on every set, CKA(u, r) on average not below the lowest CKA(r_i, r_j).
@@ -256,12 +261,13 @@ def verdicts(r: Reading, close: float = 0.95, clear: float = 0.05, least: float 
     """
     found = {}
     accuracy, near = _mean(r.forget_accuracy_r), max(clear, 3 * _deviation(r.forget_accuracy_r))
-    if r.o_r and r.u_o > close and max(r.o_r) <= r.u_o - clear and abs(r.forget_accuracy - accuracy) <= near:
+    forgot = abs(r.forget_accuracy - accuracy) <= near < abs(r.forget_accuracy_o - accuracy)
+    if r.o_r and r.u_o > close and max(r.o_r) <= r.u_o - clear and forgot:
         found["head-only"] = (
             f"head-only: forget accuracy is {r.forget_accuracy:.1%} (retrained {accuracy:.1%}), but the features of "
             f"forget rows are still the original's, CKA {r.u_o:.2f}, where retraining leaves {_mean(r.o_r):.2f}"
         )
-    if math.isnan(r.retain_knn):
+    if r.dead:
         found["wrecked"] = "wrecked: the features are the same on every row"
     elif len(r.retain_knn_r) > 1:
         knn, fall = _mean(r.retain_knn_r), max(least, 3 * _deviation(r.retain_knn_r))
@@ -270,8 +276,8 @@ def verdicts(r: Reading, close: float = 0.95, clear: float = 0.05, least: float 
                 f"wrecked: k-NN on retained classes is {r.retain_knn:.1%}, {100 * (knn - r.retain_knn):.1f} points "
                 f"below the retrained models, whose seeds explain {100 * fall:.1f}"
             )
-    below = [name for name, pairs in r.r_r.items() if name in r.u_r and _mean(r.u_r[name]) < min(pairs, default=-1)]
-    ranged = [name for name, pairs in r.r_r.items() if name in r.u_r and len(pairs) > 1]
+    ranged = [name for name, pairs in r.r_r.items() if len(pairs) > 1 and r.u_r.get(name)]
+    below = [name for name in ranged if _mean(r.u_r[name]) < min(r.r_r[name])]
     said = ", ".join(f"{_mean(r.u_r[n]):.2f} on {n} rows ({min(r.r_r[n]):.2f} to {max(r.r_r[n]):.2f})" for n in ranged)
     if ranged and not below:
         found["consistent"] = f"consistent: CKA to the retrained models is within their range over seeds, {said}"
