@@ -343,12 +343,16 @@ def results_of(
 
 
 def columns(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The columns for which there is a number; the accuracy on all test rows only where the test set is not split."""
+    """The columns for which there is a number; the accuracy on all test rows only where the test set is not split.
+
+    Ends of intervals over rows stay in the numbers and out of the tables.
+    """
     groups = [m for r in rules for m in (*r["models"].values(), *r["methods"])]
     present = {k for m in groups for k in (*m["metrics"], *m.get("to_retrained", {}))}
     if "test_retain/accuracy" in present:
         present.discard("test/accuracy")
-    each = [(c, sorted(k for k in present if fits(c.key, k))) for c in (*all_columns(), *ev.COST)]
+    ends = {k for k in present if k.rpartition("_")[2] in ("low", "high") and k.rpartition("_")[0] in present}
+    each = [(c, sorted(k for k in present - ends if fits(c.key, k))) for c in (*all_columns(), *ev.COST)]
     return [vars(c) | {"key": key, "title": titled(c, key)} for c, keys in each for key in keys]
 
 

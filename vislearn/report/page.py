@@ -201,7 +201,19 @@ def _rule(
         "sections": parts,
         "downloads": downloads(rule, table, shown, "headline"),
         "per_class": figures.per_class(rule, table, data.get("classes") or ()),
+        "absent": absent(rule),
     }
+
+
+def absent(rule: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Why numbers are not there, by the models that lack them; what all of them lack is said once, first."""
+    groups = {name: list(m.get("absent") or ()) for name, m in (rule.get("models") or {}).items()}
+    groups |= {m.get("title") or m["name"]: list(m.get("absent") or ()) for m in rule.get("methods") or []}
+    said = [reasons for reasons in groups.values() if reasons]
+    everywhere = [note for note in (said[0] if said else []) if all(note in reasons for reasons in groups.values())]
+    found = [("all models", everywhere)]
+    found += [(name, [note for note in reasons if note not in everywhere]) for name, reasons in groups.items()]
+    return [(name, reasons) for name, reasons in found if reasons]
 
 
 def _sizes(sets: Mapping[str, int]) -> list[tuple[str, int]]:
