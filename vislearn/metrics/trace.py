@@ -165,8 +165,8 @@ def halves(models: Sequence[Tensor], seeds: Sequence[int] | None = None, splits:
         b = [i for i, s in enumerate(each) if s not in inside]
         given = ([each[i] for i in a], [each[i] for i in b])
         found.append(trace([models[i] for i in a], [models[i] for i in b], given, permutations=0, C=C))
-    means = [float(np.mean([getattr(f, n) for f in found])) for n in ("model_accuracy", "image_accuracy")]
-    return Trace(*means, math.nan, math.nan, sum(f.folds for f in found), torch.empty(0))
+    accuracy, images = np.mean([(f.model_accuracy, f.image_accuracy) for f in found], axis=0).tolist()
+    return Trace(accuracy, images, math.nan, math.nan, sum(f.folds for f in found), torch.empty(0))
 
 
 def called_first(first: Sequence[Tensor], second: Sequence[Tensor], other: Tensor, C: float = 1.0) -> float:
