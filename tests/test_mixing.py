@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from toy_weights import bench, digits, found, regressor, rows, same_twice, subject, trained, untouched
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from toy_weights import bench, digits, found, regressor, rows, same_twice, subject, trained, untouched
 
 from vislearn.measures import robustness
 from vislearn.measures.robustness import MEASURES

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from toy_weights import bench, digits, found, masked, same_twice, subject, trained, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_weights import bench, digits, found, masked, same_twice, subject, trained, untouched
 
 from vislearn.learner import Classifier
 from vislearn.measures.robustness import MEASURES
@@ -41,7 +41,8 @@ def test_ties_go_to_the_even_code() -> None:
 def test_codes_against_torch(bits: int) -> None:
     weight, top = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(bits)), 2 ** (bits - 1) - 1
     found = encode(weight, bits)
-    theirs = torch.fake_quantize_per_channel_affine(weight, found.scale, torch.zeros(5, dtype=torch.int32), 0, -top, top)
+    zero = torch.zeros(5, dtype=torch.int32)
+    theirs = torch.fake_quantize_per_channel_affine(weight, found.scale, zero, 0, -top, top)
     assert torch.allclose(found.values, theirs, atol=1e-7)
     assert torch.equal(encode(found.values, bits).codes, found.codes), "rounding twice is rounding once"
     assert ((weight - found.values).abs() <= found.scale.view(-1, 1, 1, 1) / 2 * 1.0001).all()
@@ -69,7 +70,8 @@ def test_bad_weights(weight: Tensor, bits: int, match: str) -> None:
 
 
 @pytest.mark.parametrize(("arch", "norm", "number"), [
-    ("cnn", "batch", 3), ("resnet8", "batch", 7), ("resnet8", "group", 0), ("vit_tiny_cifar", "batch", 0), ("mlp", "batch", 0),
+    ("cnn", "batch", 3), ("resnet8", "batch", 7), ("resnet8", "group", 0), ("vit_tiny_cifar", "batch", 0),
+    ("mlp", "batch", 0),
 ])  # fmt: skip
 def test_a_folded_network_is_the_same_function(arch: str, norm: str, number: int) -> None:
     torch.manual_seed(1)

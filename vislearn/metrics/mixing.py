@@ -69,19 +69,19 @@ def reestimate(model: nn.Module, x: Tensor, batch_size: int = BATCH) -> None:
         return
     if len(x) < 2:
         raise ValueError(f"batch statistics need at least 2 rows, not {len(x)}")
-    before = [(m, m.momentum) for m in norms]
+    momenta = [norm.momentum for norm in norms]
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # the plain mean over batches
-            m.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over batches
+            norm.train()
         for part in x.tensor_split(math.ceil(len(x) / batch_size)):
             model(part)
     finally:
-        for m, momentum in before:
-            m.momentum = momentum
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         for m, mode in modes.items():
             m.training = mode
 

@@ -10,7 +10,7 @@ weights, rows and seed. Scores are accuracies for classifiers and mean absolute 
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,11 +32,22 @@ class Rows(NamedTuple):
     y: Tensor
 
 
-class Steps(NamedTuple):
-    """Optimiser steps taken; `reached` is False where they ran out, and the count is then a lower bound."""
+class Course(NamedTuple):
+    """Scores on held-out rows along a relearning, and on kept rows at its end (None where none were given)."""
 
-    count: int
+    scores: list[float]
+    kept: float | None
+
+
+class Steps(NamedTuple):
+    """Optimiser steps taken; `reached` is False where they ran out, and the count is then a lower bound.
+
+    `kept` is the score on kept rows at that point, None where none were given.
+    """
+
+    taken: int
     reached: bool
+    kept: float | None = None
 
 
 class Diverged(Exception):
@@ -47,12 +58,13 @@ def relearn(
     model: Learner,
     forget: Rows,
     retain: Rows,
-    held_out: Mapping[str, Rows],
+    held_out: Rows,
     at: Sequence[int],
     start: Start = "as_is",
     batch: int = 32,
     seed: int = 0,
-) -> dict[str, list[float]]:
+    kept: Rows | None = None,
+) -> Course:
     """Scores on held-out rows along a relearning.
 
     A step takes `batch` retain rows and up to as many forget rows, each set cycled in an order of its own; the means
@@ -63,7 +75,7 @@ def relearn(
         model: the learner; it stays as it is.
         forget: the m forget rows that are shown again; m may be 0.
         retain: rows of the retain set.
-        held_out: name -> rows that are scored, the same for every m and not among those shown.
+        held_out: rows that are scored, the same for every m and not among those shown.
         at: numbers of steps after which to score, ascending; 0 is before the first one.
         start: `centred` takes from every output its mean over the retain rows before the first step, which undoes a
             class that is only switched off by its bias: with a bias of -100 the model must first climb back by small
@@ -71,9 +83,11 @@ def relearn(
             which undoes whatever was done to the outputs, and asks what the features know.
         batch: retain rows of a step.
         seed: of both orders.
+        kept: rows that are scored once at the end: a model that names the forgotten class everywhere has relearned
+            nothing.
 
     Returns:
-        Name -> one score per entry of `at`.
+        One score per entry of `at`, and the one on kept rows.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -84,13 +98,12 @@ def relearn(
     if not at or list(at) != sorted(set(at)) or at[0] < 0:
         raise ValueError(f"scores are taken after ascending numbers of steps, not {list(at)}")
     run = _Relearning(model, forget, retain, start, batch, seed)
-    scores: dict[str, list[float]] = {name: [] for name in held_out}
+    scores = []
     for number in at:
         while run.taken < number:
             run.step()
-        for name, rows in held_out.items():
-            scores[name].append(run.score(rows))
-    return scores
+        scores.append(run.score(held_out))
+    return Course(scores, None if kept is None else run.score(kept))
 
 
 def relearn_steps(
@@ -102,6 +115,7 @@ def relearn_steps(
     cap: int = CAP,
     batch: int = 64,
     seed: int = 0,
+    kept: Rows | None = None,
 ) -> Steps:
     """Optimiser steps until a model is as good on held-out forget rows as `target`; 0 where it is from the start.
 
@@ -115,6 +129,8 @@ def relearn_steps(
         cap: steps after which to give up.
         batch: forget rows of a step.
         seed: of the order of the rows.
+        kept: rows that are scored once at the end. A model that is torn apart by the first large steps can name the
+            forgotten class everywhere, which counts as relearned and is none.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -124,10 +140,9 @@ def relearn_steps(
     run = _Relearning(model, forget, retain, "as_is", batch, seed)
     while True:
         score = run.score(held_out)
-        if score >= target if model.is_classifier else score <= target:
-            return Steps(run.taken, True)
-        if run.taken >= cap:
-            return Steps(cap, False)
+        reached = score >= target if model.is_classifier else score <= target
+        if reached or run.taken >= cap:
+            return Steps(run.taken, reached, run.score(kept) if kept is not None else None)
         run.step()
 
 
