@@ -137,6 +137,9 @@ def test_the_oracle_finds_the_trace_of_unlearning_and_the_pipeline_does_not() ->
     assert abs(found["forget/ulira_game_accuracy"] - 0.5) < 0.05
     assert found["retain/ulira_game_auc"] > 0.95
     assert found["forget/ulira_game_rows_p95"] >= found["forget/ulira_game_accuracy"]
+    for key in ("auc", "accuracy", "rows_p95"):  # nothing is left, so the game is what chance gives
+        assert abs(found[f"forget/ulira_game_{key}"] - found[f"forget/ulira_game_null_{key}"]) < 0.05
+    assert abs(found["retain/ulira_game_null_auc"] - 0.5) < 0.1  # rows that are kept, dealt to both sides
 
 
 def test_under_a_class_rule_non_members_are_of_the_class() -> None:

@@ -32,6 +32,7 @@ from ..shadow_pool import Pool, signals
 
 HALVES, THIRDS = "shadows/halves", "shadows/thirds"  # names in Bench.shared
 ASKED = ("forget", "retain")
+GAMES = ("ulira_game", "ulira_game_oracle", "ulira_game_null")
 LEARNED = {"forget": UNLEARN, "retain": IN}  # what a shadow model of U-LiRA did with rows like those of the set
 NONE = torch.empty(0, dtype=torch.int64)
 Floats = NDArray[np.float64]
@@ -88,7 +89,7 @@ def rmia(subject: Subject, bench: Bench, pool: Pool | None = None) -> Found:
         if not np.isfinite(own).all():
             found.notes.append(f"no RMIA on the {asked.name} set: outputs on the population rows are not finite")
             continue
-        p, p_z, refs, refs_z = map(_probability, (asked.phi, own, pool.phi[:, asked.where], theirs))
+        p, p_z, refs, refs_z = (_probability(a) for a in (asked.phi, own, pool.phi[:, asked.where], theirs))
         scores = rmia_scores(p, p_z, refs, refs_z, pool.mask(IN, asked.where), mode="online")
         _report(found, asked, "rmia", scores)
     return found
@@ -122,15 +123,19 @@ def ulira_game(subjects: Sequence[Subject], retrained: Sequence[Subject], bench:
     """U-LiRA as in its paper, a number of the method: shadow models judged by shadow models that they did not fit.
 
     For every target row, models that unlearned (or kept) it against models that never saw it. The worst rows tell what
-    an average hides: `ulira_rows_p95` is the 95th percentile of the accuracies of single rows.
+    an average hides: `..._rows_p95` is the 95th percentile of the accuracies of single rows. What chance alone gives is
+    `ulira_game_null`, the same with the sides of every row dealt again: with few models its AUC is a little below one
+    half (a judged model is missing on its own side) and its worst rows far above.
     """
     found = Found()
     pool = _pool(bench, None, THIRDS, found)
     if pool is None:
         return found
     for name, part in LEARNED.items():
-        for attack, oracle in (("ulira_game", False), ("ulira_game_oracle", True)):
-            phi, learned, out = _sides(pool, torch.arange(len(pool.rows)), part, oracle)
+        for attack in GAMES:
+            phi, learned, out = _sides(pool, torch.arange(len(pool.rows)), part, attack == "ulira_game_oracle")
+            if attack == "ulira_game_null":
+                learned, out = _dealt_again(learned, out, bench.seed)
             scores = held_out(phi, learned, out, variance=_variance(pool), seed=bench.seed)
             members, others = scores.split(learned)
             if not len(members) or not len(others):
@@ -208,6 +213,14 @@ def _sides(pool: Pool, where: Tensor, part: int, oracle: bool) -> tuple[NDArray[
     return both, np.concatenate([learned, nobody]), np.concatenate([nobody, out])
 
 
+def _dealt_again(learned: NDArray[Any], out: NDArray[Any], seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The sides (r, n) of every row shuffled among the models that are on one: as many on each, and no difference."""
+    asked = learned | out
+    draws = np.where(asked, np.random.default_rng(seed).random(asked.shape), 2.0)
+    first = draws.argsort(0).argsort(0) < learned.sum(0)
+    return asked & first, asked & ~first
+
+
 def _variance(pool: Pool) -> Any:
     """One variance for all rows of a side below 64 models, as LiRA's authors advise."""
     return "centred" if len(pool.phi) < FEW else "sample"
@@ -251,6 +264,7 @@ TITLES = {
                      "(oracle_out): it also finds the trace of unlearning"),
     "ulira_game": ("U-LiRA game", "U-LiRA among the shadow models, a number of the method (Hayes et al. 2025)"),
     "ulira_game_oracle": ("U-LiRA game, oracle", "the same against models that were not unlearned"),
+    "ulira_game_null": ("U-LiRA game, chance", "the same with the sides of every row dealt again: what chance gives"),
 }  # fmt: skip
 PLAIN = {
     "auc": ("AUC", "chance that a row of {set} scores above one never seen; one half is guessing", ""),
@@ -293,6 +307,5 @@ MEASURES = (
     Measure(lira, tier="thorough", columns=columns("lira", "lira_offline"), graphs=graphs("lira", "lira_offline")),
     Measure(rmia, tier="thorough", columns=columns("rmia"), graphs=graphs("rmia")),
     Measure(ulira, tier="thorough", columns=columns("ulira", "ulira_oracle"), graphs=graphs("ulira", "ulira_oracle")),
-    Measure(ulira_game, of="runs", tier="thorough", columns=columns("ulira_game", "ulira_game_oracle"),
-            graphs=graphs("ulira_game", "ulira_game_oracle")),
+    Measure(ulira_game, of="runs", tier="thorough", columns=columns(*GAMES), graphs=graphs(*GAMES)),
 )  # fmt: skip
