@@ -125,14 +125,14 @@ def membership_pre_post(subject: Subject, bench: Bench) -> Found:
         return Found(notes=notes)
     sets = ("forget", name)
     before, after = ([s.on(n, bench.sets) for n in sets] for s in (original, subject))
-    alone = [score(p) for p in before]
+    alone = score(before[0]), score(before[1])
     changed = [change_scores(b.outputs, a.outputs, a.targets) for b, a in zip(before, after, strict=True)]
     if reason := _broken(*alone, *(values for each in changed for values in each.values())):
         return Found(notes=[f"no attack on the models before and after: {reason}"])
     found, curve = Found(), roc(*alone)
-    for key in changed[0]:
-        found.numbers[f"forget/mia_pre_post_{key}"] = roc(*(each[key] for each in changed)).auc
-    main = roc(*(each["phi" if subject.classes else "error"] for each in changed))
+    curves = {key: roc(changed[0][key], changed[1][key]) for key in changed[0]}
+    found.numbers = {f"forget/mia_pre_post_{key}": each.auc for key, each in curves.items()}
+    main = curves["phi" if subject.classes else "error"]
     found.numbers["forget/mia_pre_post_gain"] = main.auc - curve.auc
     if curve.resolves(0.01):
         found.numbers["forget/mia_pre_post_tpr_at_1"] = main.tpr_at(0.01)

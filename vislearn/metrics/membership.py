@@ -138,7 +138,8 @@ def svc_attack(
     weights = np.ones(len(labels))
     if bins and values.shape[1] == 1:
         values, labels, weights = _binned(values[:, 0], labels, bins)
-    fitted = SVC(C=C, gamma="auto", kernel="rbf").fit(values, labels, sample_weight=weights)
+    # without a random state the machine, which needs no random numbers, would draw from the global ones
+    fitted = SVC(C=C, gamma="auto", kernel="rbf", random_state=0).fit(values, labels, sample_weight=weights)
     distinct, where = np.unique(_columns(forget), axis=0, return_inverse=True)
     called = torch.from_numpy(fitted.predict(distinct)[where.ravel()] == 1)
     return Attack(called.double().mean().item(), called=called)
@@ -163,10 +164,11 @@ def svc_family(
         Jia et al., Model Sparsity Can Simplify Machine Unlearning, NeurIPS 2023, arXiv:2304.04934; Fan et al., SalUn,
         ICLR 2024, arXiv:2310.12508.
     """
-    return {
-        name: svc_attack(*(FEATURES[name](*rows) for rows in (members, non_members, forget)), bins=bins)
-        for name in features
-    }
+    found = {}
+    for name in features:
+        a, b, asked = (FEATURES[name](*rows) for rows in (members, non_members, forget))
+        found[name] = svc_attack(a, b, asked, bins=bins)
+    return found
 
 
 def training_privacy(

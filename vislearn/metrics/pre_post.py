@@ -55,7 +55,7 @@ def change_scores(before: Tensor, after: Tensor, targets: Tensor) -> dict[str, T
     p, q = log_p.exp(), log_q.exp()
     return {
         "phi": logit_scaled(before, targets) - logit_scaled(after, targets),
-        "kl": torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1),
+        "kl": torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1),
         "l2": (p - q).norm(dim=1),
     }
 

@@ -77,8 +77,8 @@ def rmia(
         p_x = expected(queries(references, part), keep[:, part], mode)
         values[part] = _beaten(x[0, part] / _positive(p_x), z[0] / _positive(p_z), gamma)
     needs_out = largest is None and not (fill and mode == "offline")
-    never_in = int((~keep.any(0)).sum()) if mode == "online" and largest is None else 0
-    never_out = int(keep.all(0).sum()) if needs_out else 0
+    never_in = int((keep.sum(0) == 0).sum()) if mode == "online" and largest is None else 0
+    never_out = int((keep.sum(0) == len(keep)).sum()) if needs_out else 0
     return Scores(values, never_in, never_out, broken=int((~np.isfinite(x[0]).all(-1)).sum()))
 
 
@@ -105,7 +105,7 @@ def _offline(block: Floats, trained: Mask, a: float, trim: float, fill: bool) ->
     p_out = _mean(block, ~trained, trim)
     if fill:
         instead = (_mean(block, trained, trim) + a - 1) / a
-        p_out = np.where(trained.all(0)[:, None], instead, p_out)
+        p_out = np.where((trained.sum(0) == len(trained))[:, None], instead, p_out)
     return _blend(p_out, a)
 
 

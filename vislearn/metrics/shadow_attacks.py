@@ -210,7 +210,10 @@ def _ratio(
             score = dense["in"] - dense["out"]
         else:
             moments = {side: _moments(block, mask) for side, mask in used.items()}
-            laws = {side: (centre, shared.get(side, spread) + FLOOR) for side, (centre, spread) in moments.items()}
+            laws = {
+                side: (centre, np.asarray(shared.get(side, spread)) + FLOOR)
+                for side, (centre, spread) in moments.items()
+            }
             score = _gaussian(given[:, part], laws, mode, tail)
         values[:, part] = score.mean(-1)
     absent = {side: count == 0 for side, count in counts.items()}

@@ -81,10 +81,10 @@ def modified_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     # 1 - p loses every digit only where p is near 1, and one class of a row can be: the others' sum is exact there
     rest = _without(z, largest, -math.inf).logsumexp(-1) - z.logsumexp(-1)
     log_not = torch.log1p(-p).scatter(-1, largest.unsqueeze(-1), rest.unsqueeze(-1))
-    others = _without(torch.where(p > 0, p * log_not, 0.0), targets, 0.0).sum(-1)
+    others = _without(torch.where(p == 0, 0.0, p * log_not), targets, 0.0).sum(-1)
     log_p_y = _at(log_p, targets)
     missing = -torch.expm1(log_p_y)
-    return torch.where(missing > 0, -missing * log_p_y, 0.0) - others
+    return torch.where(missing == 0, 0.0, -missing * log_p_y) - others
 
 
 def modified_entropy_released(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -164,9 +164,10 @@ def log_error_signal(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _taylor(v: Tensor, order: int, clamp: bool) -> Tensor:
-    total = torch.zeros_like(v)
-    for power in range(order):
-        total = total + v**power / math.factorial(power)
+    term = total = torch.ones_like(v)
+    for power in range(1, order):
+        term = term * v / power
+        total = total + term
     return total.clamp(min=1e-12) if clamp else total
 
 
