@@ -225,7 +225,7 @@ def test_measure_tells_a_mask_from_forgetting(models: dict[str, Learner], monkey
     plain, centred = (f"test_forget/accuracy_relearn_{case}" for case in ("0", "centred_0"))
     assert each["masked"][plain] == each["retrained"][plain] == 0, "fooled"
     assert each["masked"][centred] > each["retrained"][centred] + 0.5, "not fooled"
-    assert each["masked"]["test_forget/recovery_relearn_centred_0"] < 0.2, "counted from the centred outputs"
+    assert each["masked"]["test_forget/recovery_relearn_centred_0"] > 0.5, "counted from the model as it was"
     assert each["masked"]["test_retain/accuracy_relearn_centred_0"] > 0.9
 
 

@@ -101,7 +101,8 @@ def _relearned(subject: Subject, bench: Bench, runs: Iterable[tuple[int, Start]]
     if found.notes:
         return found
     name, pool, held, held_ids = _exam(bench, SCORED)
-    score, original = _score_name(subject), _stored(bench.original, bench, name, held_ids)
+    score = _score_name(subject)
+    before, original = (_stored(s, bench, name, held_ids) for s in (subject, bench.original))
     kept = _kept(bench)
     retain, control = Rows(*bench.rows("retain")), Rows(*bench.rows(kept, CONTROLLED))
     for m, start in runs:
@@ -120,7 +121,7 @@ def _relearned(subject: Subject, bench: Bench, runs: Iterable[tuple[int, Start]]
         found.numbers[f"{name}/{score}_area_{case}"] = sum(line[1:]) / len(line[1:])
         found.numbers[f"{kept}/{score}_{case}"] = final
         found.curves[f"robustness/{case}"] = Curve(list(AT), line)
-        _recovered(found, subject, bench, f"{name}/recovery_{case}", line[0], line[-1], original)
+        _recovered(found, subject, bench, f"{name}/recovery_{case}", before, line[-1], original)
     return found
 
 
