@@ -20,6 +20,8 @@ from .data import ForgetDataModule
 from .evaluation import serves
 from .measure import BATCH, SAMPLE, TIERS, Bench, Curve, Found, Measure, Subject, Tier, forward
 from .measures import MEASURES
+from .measures.traces import malicious_requests
+from .requests import as_function
 from .store import Artifact, Store, key, recipe
 
 ROWS = {"standard": 60_000, "thorough": 200_000}  # what a tier costs per model, in rows of a forward pass, roughly
@@ -54,8 +56,15 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def measured(subject: Subject, bench: Bench, tier: Tier) -> Found:
-    """Run what a tier adds for one model; random numbers are the measures' own, drawn by the bench's seed."""
+def measured(subject: Subject, bench: Bench, tier: Tier, method: Mapping[str, Any] | None = None) -> Found:
+    """Run what a tier adds for one model; random numbers are the measures' own, drawn by the bench's seed.
+
+    Args:
+        subject: the model.
+        bench: what it is measured on.
+        tier: the tier.
+        method: the configuration of the method that made it, which the thorough tier sends requests of its own.
+    """
     found = Found()
     chosen = measures_of(tier, subject.classes)
     for i, measure in enumerate(chosen):
@@ -63,6 +72,8 @@ def measured(subject: Subject, bench: Bench, tier: Tier) -> Found:
             torch.manual_seed(bench.seed)
             found.update(measure.function(subject, bench))
         progress.report((i + 1) / len(chosen), f"{tier} evaluation: {measure.name.replace('_', ' ')}")
+    if method and tier == "thorough" and subject.classes:
+        found.update(malicious_requests(as_function(lambda: _resolver().method(method), bench), bench))
     return found
 
 
@@ -108,7 +119,8 @@ def make(subject: Subject, bench: Bench, tier: Tier, store: Store, plan: Mapping
         if name in store:
             return name
         start = time.perf_counter()
-        found = measured(subject, bench, tier)
+        method = None if subject.key == bench.original.key else store[subject.key].config.get("method")
+        found = measured(subject, bench, tier, method)
         activations = {
             f"{where}/{layer}": z.contiguous() for where in SETS_WITH_ACTIVATIONS if tier == "standard"
             if where in bench.sets and ("activations", subject.key, where) in bench.shared
@@ -143,12 +155,14 @@ def evaluated(subjects: Iterable[Subject], bench: Bench, tier: Tier, store: Stor
 
 
 def shadow_pools(
-    config: dict, method: dict | None, store: Store, models: int, workers: int | None, say: runs.Say
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    config: dict, audited: Sequence[str], method: dict | None, store: Store, models: int, workers: int | None,
+    say: runs.Say,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Shadow models for LiRA and RMIA, and for U-LiRA where the method is known: two mappings for `compare`.
 
     Args:
         config: the resolved configuration of the audit: model, data and trainer are how the original was trained.
+        audited: keys of the models under audit; stored ones have to share the recipe of the shadow models.
         method: the method that made the unlearned model.
         store: where shadow models are kept.
         models: how many of each kind.
@@ -159,6 +173,9 @@ def shadow_pools(
     from .shadows import Shadows
 
     pools = {HALVES: Shadows(config, store, _resolver(), models).run(workers)}
+    for name in audited:
+        if name in store:
+            pools[HALVES].check(store[name].recipe, name)
     if method is None:
         say("no U-LiRA: its shadow models are unlearned by the method under test, and a checkpoint file does not name "
             "it; audit the artifact that `vislearn unlearn` stores")  # fmt: skip

@@ -24,6 +24,7 @@ from .folders import storage_fault
 from .jobs import Job, Outcome, run_all
 from .measure import TIERS
 from .measures import all_columns
+from .method import UnlearningMethod
 from .store import Store, key, recipe
 
 JOB_KEYS = {
@@ -134,6 +135,10 @@ class Resolver:
         """The data module of a resolved configuration."""
         init = self.parser.instantiate(self.parser.parse_object({"data": config["data"]}))
         return init.data
+
+    def method(self, config: Mapping[str, Any]) -> UnlearningMethod:
+        """The method of a configuration {class_path, init_args}."""
+        return self.parser.instantiate(self.parser.parse_object({"method": dict(config)})).method
 
 
 @dataclass

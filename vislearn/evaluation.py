@@ -234,7 +234,7 @@ def reference(
 ) -> dict[str, Any]:
     """The original or the retrained models, as the report draws them."""
     numbers = table(subjects, benches)
-    distances = to_retrained(subjects, retrained, benches, runs=False)
+    distances = to_retrained(subjects, retrained, benches, runs=len(subjects) > 1)
     return {
         "keys": [s.key for s in subjects], "seeds": [s.seed for s in subjects],
         "metrics": numbers["metrics"], "curves": numbers["curves"] | distances["curves"],

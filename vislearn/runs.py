@@ -219,7 +219,9 @@ def evaluate(
     pools: dict[str, Any] = {}
     if evaluation == "thorough":
         method = store[last.key].config.get("method") if last.key in store else None
-        pools, row["pools"] = audit.shadow_pools(config or {}, method, store, shadows, workers, say)
+        pools, row["pools"] = audit.shadow_pools(
+            config or {}, [s.key for s in subjects], method, store, shadows, workers, say
+        )
     return compare(facts, [first], others, [row], data, pools)
 
 

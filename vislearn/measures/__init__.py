@@ -26,7 +26,7 @@ def column(key: str) -> Column | None:
 @cache
 def all_columns() -> tuple[Column, ...]:
     """The columns of every measure, in the order of the report."""
-    return tuple(c for m in MEASURES for c in m.columns)
+    return (*(c for m in MEASURES for c in m.columns), *traces.METHOD_COLUMNS)
 
 
 def graphs() -> list[Graph]:

@@ -350,6 +350,8 @@ MEASURES = (
         tier="standard",
         serves="both",
         columns=(
+            Column("forget/anamnesis", "Anamnesis index", "relearning steps of this model over those of a retrained "
+                   "one; 1 is the aim, below it something is left", "", "retrained", "robustness"),
             Column("forget/relearn_steps", "Relearn steps", "optimiser steps on forget and retain rows until within "
                    "5 % of the original's score on held-out forget rows, 0 where it is from the start, at most "
                    f"{CAP}; fewer than the retrained model: something is left, many more: over-forgetting", "",

@@ -304,8 +304,10 @@ def graphs(*attacks: str) -> tuple[Graph, ...]:
 
 
 MEASURES = (
-    Measure(lira, tier="thorough", columns=columns("lira", "lira_offline"), graphs=graphs("lira", "lira_offline")),
-    Measure(rmia, tier="thorough", columns=columns("rmia"), graphs=graphs("rmia")),
-    Measure(ulira, tier="thorough", columns=columns("ulira", "ulira_oracle"), graphs=graphs("ulira", "ulira_oracle")),
-    Measure(ulira_game, of="runs", tier="thorough", columns=columns(*GAMES), graphs=graphs(*GAMES)),
+    Measure(lira, tier="thorough", pool=HALVES, columns=columns("lira", "lira_offline"),
+            graphs=graphs("lira", "lira_offline")),
+    Measure(rmia, tier="thorough", pool=HALVES, columns=columns("rmia"), graphs=graphs("rmia")),
+    Measure(ulira, tier="thorough", pool=THIRDS, columns=columns("ulira", "ulira_oracle"),
+            graphs=graphs("ulira", "ulira_oracle")),
+    Measure(ulira_game, of="runs", tier="thorough", pool=THIRDS, columns=columns(*GAMES), graphs=graphs(*GAMES)),
 )  # fmt: skip
