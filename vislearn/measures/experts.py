@@ -36,7 +36,10 @@ class Target:
 
 @dataclass
 class Study:
-    """What is made once per original model; `trouble` says why nothing can be asked."""
+    """What is made once per original model.
+
+    `trouble` says why nothing can be asked, `left_out` why some of several forgotten classes cannot be asked about.
+    """
 
     layer: str
     prefix: int = 0
@@ -44,6 +47,7 @@ class Study:
     quality: Quality | None = None
     targets: list[Target] = field(default_factory=list)
     trouble: str = ""
+    left_out: str = ""
 
 
 def candidates(model: Learner) -> list[str]:
@@ -65,11 +69,11 @@ def class_tokens(model: Learner) -> int:
 
 
 def study_of(bench: Bench) -> Study:
-    cache: dict[Any, Any] = vars(bench).setdefault("cache", {})
+    """The study of the original model, made when it is first asked for."""
     at = ("restoration", bench.original.key)
-    if at not in cache:
-        cache[at] = _prepare(bench)
-    return cache[at]
+    if at not in bench.shared:
+        bench.shared[at] = _prepare(bench)
+    return bench.shared[at]
 
 
 def _prepare(bench: Bench) -> Study:
@@ -98,7 +102,8 @@ def _at(bench: Bench, layer: str) -> Study:
     study = Study(layer, prefix, sae, quality, trouble=quality.trouble)
     if not study.trouble:
         found = activity(sae, _streams(model, layer, x, prefix), concept, len(names))
-        study.targets, study.trouble = _targets(bench, found, names, 5 * k // 4, generator)
+        study.targets, why = _targets(bench, found, names, 5 * k // 4, generator)
+        study.trouble, study.left_out = ("", why) if study.targets else (why, "")
     return study
 
 
@@ -126,7 +131,7 @@ def _training_rows(bench: Bench) -> tuple[Tensor, Tensor, list[int]]:
 def _targets(
     bench: Bench, found: Activity, names: list[int], count: int, generator: torch.Generator
 ) -> tuple[list[Target], str]:
-    """The forgotten classes with experts and controls; and why there is none."""
+    """The forgotten classes with experts and controls; and why others have none."""
     classes = bench.original.classes
     y = bench.rows("test_forget")[1]
     concepts = [classes] if len(names) > classes else sorted(set(y.tolist()))
@@ -135,7 +140,7 @@ def _targets(
     for c in concepts:
         experts = select_experts(found, c, count)
         if experts.reason:
-            reasons.append(experts.reason)
+            reasons.append(f"class {names[c]}: {experts.reason}")
             continue
         rows = torch.ones_like(y, dtype=torch.bool) if c == classes else y == c
         random = [matched_random(found, experts, c, generator) for _ in range(DRAWS)]
@@ -143,7 +148,7 @@ def _targets(
         wrong = [select_experts(found, others[i], count) for i in picked]
         targets.append(Target(names[c], rows, experts, [e for e in random if not e.reason],
                               [e for e in wrong if not e.reason][:DRAWS]))  # fmt: skip
-    return targets, "" if targets else "; ".join(dict.fromkeys(reasons))
+    return targets, "; ".join(reasons)
 
 
 def run_recorded(model: Learner, modules: Mapping[str, nn.Module], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:

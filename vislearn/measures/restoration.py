@@ -61,7 +61,7 @@ def _restore(model: Learner, bench: Bench, study: Study, target: Target) -> dict
     x_r, y_r = bench.rows("test_retain")
     mine, theirs = layers(model), layers(original)
     right: Counter[str] = Counter()
-    fires = []
+    fires: list[Tensor] = []
     for part, label in zip(x.split(BATCH), y.split(BATCH), strict=True):
         h_u, outputs = run_recorded(model, mine, part)
         h_o, before = run_recorded(original, theirs, part)
@@ -87,7 +87,7 @@ def _on_others(
     original = bench.original.model
     mine, theirs = layers(model), layers(original)
     outputs: dict[str, list[Tensor]] = {}
-    fires = []
+    fires: list[Tensor] = []
     for part in x.split(BATCH):
         h_u, plain = run_recorded(model, mine, part)
         outputs.setdefault("plain", []).append(plain)
@@ -148,6 +148,8 @@ def _found(each: list[dict[str, float]], study: Study, same: bool) -> Found:
         "test_retain/false_restoration": mean(f"false {at}"),
         "test_retain/restoration_drop": mean("drop"),
     })  # fmt: skip
+    if study.left_out:
+        found.notes.append(f"restoration leaves out {study.left_out}")
     _controls(found, control("random"), control("wrong"))
     lost = original - plain >= LEAST_LOSS
     if lost:

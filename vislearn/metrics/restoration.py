@@ -119,6 +119,8 @@ def activity(
     for part in tokens:
         z = sae.code(part)  # (b, s, h)
         y = labels[start : start + len(part)]
+        if len(y) != len(part):
+            raise ValueError(f"{len(labels)} labels for the tokens of more images")
         start += len(part)
         fired.append((z.amax(1) if reduction == "max" else z.mean(1)) > tau)
         count.index_add_(0, y, (z > 0).sum(1).double())
@@ -179,24 +181,29 @@ def select_experts(found: Activity, target: int, count: int) -> Experts:
         raise ValueError(f"class {target} is none of {classes}")
     if count < 1:
         raise ValueError(f"at least one expert, not {count}")
-    precision, recall, f1 = scores(found.fired, found.labels, classes)
+    _, recall, f1 = scores(found.fired, found.labels, classes)
     present = torch.bincount(found.labels, minlength=classes) > 0
     common = (recall[present] >= LEAST_RECALL).sum(0) >= SHARED * int(present.sum())
     able = ~common & (found.rate <= DENSE) & (recall[target] > 0)
     order = f1[target].masked_fill(~able, -1).sort(descending=True, stable=True).indices
     index = order[: min(count, int(able.sum()))]
-    chosen = Experts(index, found.level[target, index], *(t[target, index] for t in (f1, precision, recall)))
-    return Experts(**{**vars(chosen), "reason": _no_experts(chosen, found, target)})
+    return _described(index, found, target, _no_experts(f1[target, index], found, target))
 
 
-def _no_experts(chosen: Experts, found: Activity, target: int) -> str:
+def _described(index: Tensor, found: Activity, target: int, reason: str) -> Experts:
+    precision, recall, f1 = (t[target, index] for t in scores(found.fired, found.labels, len(found.level)))
+    return Experts(index, found.level[target, index], f1, precision, recall, reason)
+
+
+def _no_experts(f1: Tensor, found: Activity, target: int) -> str:
+    """Why latents of this F1 (m,) are no experts; empty where they are."""
     prior = (found.labels == target).double().mean().item()
     if not prior:
         return "no image of the class was seen"
-    if not len(chosen.index):
+    if not len(f1):
         return "no experts: every latent that fires on the class is dense or shared by most classes"
     least = max(LEAST_F1, 2 * prior / (1 + prior) + MARGIN)
-    mean = chosen.f1.mean().item()
+    mean = f1.mean().item()
     return "" if mean >= least else f"no experts: the best latents have a mean F1 of {mean:.2f}, {least:.2f} needed"
 
 
@@ -204,7 +211,6 @@ def matched_random(
     found: Activity, experts: Experts, target: int, generator: torch.Generator, nearest: int = NEAREST
 ) -> Experts:
     """A control: as many other latents, each drawn from those whose firing rate is nearest to an expert's."""
-    precision, recall, f1 = scores(found.fired, found.labels, len(found.level))
     free = torch.ones(len(found.rate), dtype=torch.bool, device=found.rate.device)
     free[experts.index] = False
     free &= found.level[target] > 0  # others would be set to nothing
@@ -219,7 +225,7 @@ def matched_random(
         free[pick] = False
     index = torch.tensor(chosen, dtype=torch.long, device=found.rate.device)
     reason = "" if len(chosen) == len(experts.index) else "too few other latents for a control of equal number"
-    return Experts(index, found.level[target, index], *(t[target, index] for t in (f1, precision, recall)), reason)
+    return _described(index, found, target, reason)
 
 
 def upstream_direct(
