@@ -315,7 +315,7 @@ def _log_softmax(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 def _kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """(n,) KL(p || q) in nats from log-probabilities (n, k); classes of probability 0 under p count nothing."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
