@@ -138,7 +138,11 @@ class Resolver:
 
     def method(self, config: Mapping[str, Any]) -> UnlearningMethod:
         """The method of a configuration {class_path, init_args}."""
-        return self.parser.instantiate(self.parser.parse_object({"method": dict(config)})).method
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(exit_on_error=False)  # the other one wants data too
+        parser.add_subclass_arguments(UnlearningMethod, "method")
+        return parser.instantiate(parser.parse_object({"method": dict(config)})).method
 
 
 @dataclass
