@@ -147,6 +147,13 @@ def test_dead_latents_learn_what_is_left_over_and_the_others_nothing() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_latents_that_start_at_tokens_live_where_tokens_fill_few_dimensions() -> None:
+    plane = torch.randn(3, 32, generator=generator(5))
+    tokens = torch.randn(600, 3, generator=generator(6)) @ plane
+    dead = {s: fit(tokens, tokens, 64, 4, steps=100, batch_size=256, start=s)[1].dead for s in ("tokens", "kaiming")}
+    assert dead["tokens"] < dead["kaiming"] - 0.1
+
+
 def test_a_constant_channel_does_no_harm() -> None:
     tokens = sparse_tokens(300, 10)
     tokens[:, 3] = 2.5

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..learner import Learner
 from ..measure import BATCH, Bench, channels_last, evaluating, layers
 from ..metrics.restoration import Activity, Experts, activity, edited, matched_random, recorded, select_experts
-from ..metrics.sae import Quality, SparseAutoencoder, fit
+from ..metrics.sae import MOST_DEAD, Quality, SparseAutoencoder, fit
 
 ROWS = 3000  # training images for the autoencoder and the choice of experts
 LEAST_ROWS = 100  # of the forget set among them
 TOKENS = 16  # per image that the autoencoder is trained on
 HELD_OUT = 10  # every so many-th image is kept for the autoencoder's quality
-EXPANSION = 4  # latents per dimension
+EXPANSIONS = (4, 2, 1)  # latents per dimension, fewer where too many die
 STEPS, TOKENS_PER_STEP, LR = 2000, 512, 3e-3
 DRAWS = 3  # of the random control, and classes of the wrong-class control
 
@@ -97,8 +97,11 @@ def _at(bench: Bench, layer: str) -> Study:
     held_out = torch.arange(len(sampled), device=sampled.device) % HELD_OUT == 0
     width = sampled.shape[2]
     k = max(8, min(16, width // 8))
-    sae, quality = fit(sampled[~held_out].flatten(0, 1), sampled[held_out].flatten(0, 1), EXPANSION * width, k, STEPS,
-                       TOKENS_PER_STEP, LR, seed=bench.seed)  # fmt: skip
+    seen, unseen = sampled[~held_out].flatten(0, 1), sampled[held_out].flatten(0, 1)
+    for expansion in EXPANSIONS:
+        sae, quality = fit(seen, unseen, expansion * width, k, STEPS, TOKENS_PER_STEP, LR, seed=bench.seed)
+        if quality.dead <= MOST_DEAD:
+            break
     study = Study(layer, prefix, sae, quality, trouble=quality.trouble)
     if not study.trouble:
         found = activity(sae, _streams(model, layer, x, prefix), concept, len(names))
