@@ -49,6 +49,15 @@ def expected(tier: Tier, subjects: Sequence[Subject], bench: Bench) -> str:
     return f"{tier} evaluation of {len(subjects)} models: about {in_words(seconds)} on this machine"
 
 
+def announced(tier: Tier, models: int, original: Artifact) -> str:
+    """The same for a benchmark, from what the original model's training took: a step costs three forward passes."""
+    trained = original.recipe["trainer"]["max_epochs"] or 1
+    rows = len(original.split["sets"]["train"]["ids"]) * trained
+    rate = 3 * rows / max(original.meta["seconds"], 1e-3)
+    seconds = models * sum(ROWS[each] / rate for each in tiers_up_to(tier))
+    return f"{tier} evaluation of {models} models: about {in_words(seconds)} on one worker"
+
+
 def in_words(seconds: float) -> str:
     """A rough time: 40 s, 3 min, 2.5 h."""
     if seconds < 90:
@@ -196,9 +205,10 @@ def _resolver() -> Any:
     return Resolver()
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _bench(original: str, data: str, store: str, seed: int) -> Bench:
-    """The bench of one original model and rule; a worker that measures several of its models loads rows once."""
+    """The bench of one original model and rule; a worker that measures several of its models loads rows, and trains an attack's
+    autoencoder on the original, once."""
     module: ForgetDataModule = _resolver().data({"data": json.loads(data)})
     module.setup()
     artifact = Store(store)[original]

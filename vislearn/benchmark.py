@@ -452,6 +452,9 @@ def main(argv: Sequence[str]) -> int:
         runs.check_ledger(store[found[0]], data[0])  # the key leaves out where the data are
     missing = [j for j in sheet.jobs if j.key not in store]
     print(f"{plan.title}: {len(sheet.jobs)} models, {len(missing)} to make, in {store.root}", flush=True)
+    to_measure = {j.needs[-1] for j in missing if j.argv[0] == "measure"}
+    if to_measure and found:
+        print(audit.announced(plan.evaluation, len(to_measure), store[found[0]]), flush=True)
     if options.dry_run:
         for j in missing:
             print(f"  {j.key}  {j.title}")

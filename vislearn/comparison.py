@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from . import evaluation as ev
 from .data import ForgetDataModule
 from .measures.membership import uninformative
@@ -170,7 +172,7 @@ def relearning(
         notes.append(f"the anamnesis index is the mean of {len(defined)} of {len(numbers[key]) * len(theirs[key])} "
                      "pairs of models: for the others it is not defined")  # fmt: skip
         return {"mean": sum(defined) / len(defined), "low": None, "high": None, "pairs": len(defined)}
-    return over_pairs(values)
+    return over_pairs(np.asarray(values, float))
 
 
 def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:

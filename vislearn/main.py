@@ -12,6 +12,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   fit         train the original model; with --data.forget, the retrained one
   unlearn     original -> unlearned model, evaluated against the retrained ones
   evaluate    audit any original, unlearned and retrained checkpoints without training
+  measure     one tier's findings on one stored model, as `benchmark` and `evaluate` make them
   store       ls, show, verify, explain, gc over the stored models
 
   vislearn benchmark
@@ -20,10 +21,11 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   vislearn fit     -c recipe.yaml --seed_everything=1 --data.forget=ClassForget --data.forget.classes=[3]
   vislearn unlearn -c recipe.yaml --data.forget=ClassForget --data.forget.classes=[3] --method=SSD
   vislearn unlearn --method.help SSD
+  vislearn benchmark --evaluation=standard
 
   --version   print the version
 """
-VERBS = ("benchmark", "fit", "unlearn", "evaluate", "store")
+VERBS = ("benchmark", "fit", "unlearn", "evaluate", "measure", "store")
 
 
 def main(argv: list[str] | None = None) -> None:

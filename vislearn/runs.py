@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from lightning import seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor
@@ -60,7 +61,7 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
     """
     plan = recipe(config, "method")
     name = key(plan)
-    with store.lock(name):
+    with store.lock(name) if first_process() else nullcontext():
         data.setup()
         if name in store:
             check_ledger(store[name], data)  # the key leaves out where the data are
@@ -75,6 +76,8 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
             say(f"resuming the interrupted training in {checkpoint.parent}")
         with interruptible(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
+        if not first_process():  # of a training on several devices: the first evaluates and stores
+            return name
         seconds = resume.seconds + time.perf_counter() - resume.start
         predictions = ev.predict(model.to(trainer.strategy.root_device), data)
         check_finite(predictions, "training", "try a smaller --model.lr")
@@ -83,6 +86,11 @@ def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, 
             write(folder, "fit", model, data, config, plan, predictions, facts)
         say(f"stored: {store[name].path}")
     return name
+
+
+def first_process() -> bool:
+    """Whether this is the only process of a training, or the first of several devices."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def unlearn(
@@ -118,6 +126,8 @@ def unlearn(
             return name
         check_head(model, data)
         method.check(model, data)
+        if trainer.world_size > 1:
+            raise UserError(f"unlearn works on one device, not {trainer.world_size}; give --trainer.devices=1")
         theta_o, source = original_model(model, data, given, own, store, fit_command)
         device = trainer.strategy.root_device
         theta_o.to(device)  # closed-form methods work where the model is

@@ -132,9 +132,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def kind(recipe: Mapping[str, Any]) -> str:
-    """Say what a recipe makes: an original, retrained or unlearned model, or what was measured on one."""
+    """Say what a recipe makes: an original, retrained, unlearned or shadow model, or what was measured on one."""
     if recipe.get("measure"):
         return "measure"
+    if ((recipe.get("data") or {}).get("init_args") or {}).get("hold_out"):
+        return "shadow"
     if recipe.get("method"):
         return "unlearned"
     return "retrained" if _forget(recipe) else "original"
