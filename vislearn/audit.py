@@ -207,8 +207,8 @@ def _resolver() -> Any:
 
 @lru_cache(maxsize=8)
 def _bench(original: str, data: str, store: str, seed: int) -> Bench:
-    """The bench of one original model and rule; a worker that measures several of its models loads rows, and trains an attack's
-    autoencoder on the original, once."""
+    """The bench of one original model and rule: a worker that measures several of its models loads their rows once, and
+    trains an autoencoder on the original once."""
     module: ForgetDataModule = _resolver().data({"data": json.loads(data)})
     module.setup()
     artifact = Store(store)[original]
