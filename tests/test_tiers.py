@@ -87,6 +87,37 @@ def test_a_tier_that_there_is_not_is_refused(
     assert "thorough" in capsys.readouterr().err
 
 
+def test_a_faulty_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b.yaml").write_text("recipe: {data: Digits}\nforget: [x]\nmethods: [SSD]\nevaluation: deep\n")
+    Path("m.yaml").write_text("of: abc\n")
+    for argv, said in (
+        (["benchmark", "-c", "b.yaml"], "one of quick, standard, thorough"),
+        (["measure", "-c", "none.yaml"], "no configuration file none.yaml"),
+        (["measure", "-c", "m.yaml"], "m.yaml does not say original, tier, seed, data"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_shadow_models_say_of_the_references_is_shown_with_them() -> None:
+    from vislearn.comparison import add_pools
+
+    reference = {"metrics": {"forget/accuracy": [0.0, 0.0]}, "curves": {}, "absent": []}
+    one = {"metrics": {"forget/ulira_auc": [0.5, 0.6]}, "curves": {"c": []}}
+    add_pools(reference, [one])
+    assert reference["metrics"]["forget/ulira_auc"] == [0.5, 0.6]
+    assert reference["curves"] == {"c": []}
+    assert reference["absent"] == []
+    add_pools(reference, [one, {"metrics": {"forget/ulira_auc": [0.7, 0.8]}, "curves": {}}])
+    assert reference["metrics"]["forget/ulira_auc"] == pytest.approx([0.6, 0.7])
+    assert "mean over 2 methods" in reference["absent"][0]
+
+
 @pytest.mark.slow
 def test_the_thorough_tier_trains_its_shadow_models_once(
     keys: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

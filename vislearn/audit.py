@@ -15,8 +15,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from . import progress, runs
+from .arguments import read_config
 from .comparison import rule_facts
 from .data import ForgetDataModule
+from .errors import UserError
 from .evaluation import serves
 from .measure import BATCH, SAMPLE, TIERS, Bench, Curve, Found, Measure, Subject, Tier, forward
 from .measures import MEASURES
@@ -153,13 +155,12 @@ def make(subject: Subject, bench: Bench, tier: Tier, store: Store, plan: Mapping
 def evaluated(subjects: Iterable[Subject], bench: Bench, tier: Tier, store: Store, config: dict) -> None:
     """Run the dearer tiers for models of an audit, in this process; what the store has of them is read."""
     for subject in subjects:
-        own = Bench(bench.sets, bench.original, bench.data, bench.seed, bench.sample, bench.downstream, bench.shared)
         for each in tiers_up_to(tier):
             if subject.key in store and bench.original.key in store and bench.downstream is None:
                 plan = plan_of(subject.key, bench.original.key, config, each, bench.seed)
-                attach(subject, store[make(subject, own, each, store, plan, job_config(plan, config, each))])
+                attach(subject, store[make(subject, bench, each, store, plan, job_config(plan, config, each))])
             else:
-                found = measured(subject, own, each)
+                found = measured(subject, bench, each)
                 subject.found = subject.found or Found()
                 subject.found.update(found)
         subject.release()
@@ -227,8 +228,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", required=True, metavar="FILE", help="of, original, tier, seed and data")
     parser.add_argument("--store", default="artifacts", metavar="DIR", help="folder of the stored models")
     options = parser.parse_args(list(argv))
-    with open(options.config, encoding="utf-8") as opened:
-        config = yaml.safe_load(opened)
+    config = read_config(options.config)
+    if lacking := [name for name in ("of", "original", "tier", "seed", "data") if name not in config]:
+        raise UserError(f"{options.config} does not say {', '.join(lacking)}; take the config.yaml of a stored measure")
     store = Store(options.store)
     bench = _bench(config["original"], json.dumps(config["data"]), options.store, config["seed"])
     artifact = store[config["of"]]

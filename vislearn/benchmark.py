@@ -92,6 +92,8 @@ def read_plan(file: str | None) -> Plan:
         value = getattr(plan, name)
         if not isinstance(value, list) or not all(isinstance(s, int) for s in value) or len(set(value)) < len(value):
             raise UserError(f"{path}: '{name}' must be a list of different whole numbers, not {value}")
+    if plan.evaluation not in TIERS:
+        raise UserError(f"{path}: 'evaluation' is one of {', '.join(TIERS)}, not {plan.evaluation!r}")
     if not plan.seeds:
         raise UserError(f"{path}: 'seeds' is empty; one original model at least is needed, for example [0]")
     shared = sorted(set(plan.seeds) & set(plan.retrain_seeds))

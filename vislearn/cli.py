@@ -21,7 +21,7 @@ from .errors import UserError
 from .learner import Classifier, Learner, Regressor
 from .method import UnlearningMethod
 from .store import Store
-from .trainer import Trainer
+from .trainer import DEFAULTS, Trainer
 
 
 class Parser(LightningArgumentParser):
@@ -82,12 +82,6 @@ def parameters(cls: type) -> set[str]:
     } - {"self", "kwargs"}  # fmt: skip
 
 
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "enable_checkpointing": False, "logger": False, "enable_model_summary": False, "enable_progress_bar": False,
-    "accelerator": "auto", "devices": 1, "max_epochs": 10, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
-
-
 def link_model_to_data(parser: LightningArgumentParser) -> None:
     """The data say how many classes and channels there are, and how large the images."""
     for name, argument in (("num_classes", "num_classes"), ("image_size", "image_size"), ("channels", "in_channels")):
@@ -101,7 +95,7 @@ def resolving_parser() -> LightningArgumentParser:
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_argument("--unlearn_seed", type=int, default=0)
     parser.add_lightning_class_args(Trainer, "trainer")
-    parser.set_defaults({f"trainer.{k}": v for k, v in TRAINER_DEFAULTS.items()})
+    parser.set_defaults({f"trainer.{k}": v for k, v in DEFAULTS.items()})
     parser.add_lightning_class_args(Learner, "model", subclass_mode=True)
     parser.add_lightning_class_args(ForgetDataModule, "data", subclass_mode=True)
     parser.add_subclass_arguments(UnlearningMethod, "method", required=False)
@@ -118,7 +112,7 @@ class CLI(LightningCLI):
             Learner, ForgetDataModule, trainer_class=Trainer, subclass_mode_model=True, subclass_mode_data=True,
             seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None, args=args,
             parser_class=Parser, load_from_checkpoint_support=False, parser_kwargs={"allow_abbrev": False},
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=DEFAULTS,
         )  # fmt: skip
 
     @staticmethod

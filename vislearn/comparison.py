@@ -41,7 +41,6 @@ def compare(
         "original": ev.reference(originals, benches.of(originals), retrained),
         "retrained": ev.reference(retrained, benches.of(retrained)),
     }
-    out["floor"] = ev.floors(out["models"]["retrained"]["metrics"])
     apart = ev.floor_to_retrained(retrained, benches.first)
     out["floor_to_retrained"] = apart["numbers"]
     out["models"]["retrained"]["curves"] |= apart["curves"]
@@ -56,7 +55,25 @@ def compare(
         )
         out["warnings"].append(out["floor_note"])
     out["methods"] = [entry(m, retrained, out["models"]["retrained"]["metrics"], benches) for m in methods]
+    for name, reference in out["models"].items():
+        add_pools(reference, [m["reference"][name] for m in out["methods"] if m["reference"]])
+    out["floor"] = ev.floors(out["models"]["retrained"]["metrics"])
     return out
+
+
+def add_pools(reference: dict[str, Any], said: Sequence[Mapping[str, Any]]) -> None:
+    """Show with a reference what the shadow models of the methods say of it: of several methods the mean over them."""
+    if not said:
+        return
+    for key in said[0]["metrics"]:
+        each = [s["metrics"][key] for s in said if key in s["metrics"]]
+        if len(each) == len(said):
+            reference["metrics"][key] = np.mean(each, axis=0).tolist()
+    if len(said) == 1:
+        reference["curves"] |= said[0]["curves"]
+    else:
+        reference["absent"].append(f"U-LiRA has shadow models of every method: here the mean over {len(said)} methods; "
+                                   "the gap of a method is that to its own")  # fmt: skip
 
 
 def headline_missing(original: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
-"""Original, unlearned and retrained models side by side: every number a pure function of stored outputs.
+"""Original, unlearned and retrained models side by side.
 
-Each model sees each row once (`predict`); what follows never needs a model again.
+Each model sees each row once (`predict`). Numbers of the quick tier are pure functions of these outputs; what the
+dearer tiers found comes with the models (`Subject.found`), and only distances of weights look at a model again.
 """
 
 from collections.abc import Mapping, Sequence

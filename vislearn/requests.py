@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,9 @@ from .forget import Forget
 from .learner import Learner
 from .measure import Bench
 from .method import UnlearningMethod
-from .trainer import Trainer
+from .trainer import DEFAULTS, Trainer
 
 Unlearn = Callable[[Learner, Tensor, Tensor], Learner]
-RETAIN = 1000  # rows that stand for the retain set
 
 
 class Last(Forget):
@@ -69,9 +67,9 @@ def as_function(make: Callable[[], UnlearningMethod], bench: Bench) -> Unlearn:
     assert data is not None
 
     def unlearn(model: Learner, x: Tensor, y: Tensor) -> Learner:
-        request = Request(data, bench.rows("retain", RETAIN), (x, y))
+        request = Request(data, bench.rows("retain"), (x, y))
         request.setup()
-        trainer = Trainer(**QUIET, accelerator="cpu" if bench.device.type == "cpu" else "auto")
+        trainer = Trainer(**DEFAULTS | {"accelerator": "cpu" if bench.device.type == "cpu" else "auto"})
         method = make()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(bench.seed)
@@ -81,9 +79,3 @@ def as_function(make: Callable[[], UnlearningMethod], bench: Bench) -> Unlearn:
         return done.to(bench.device).eval()
 
     return unlearn
-
-
-QUIET: dict[str, Any] = {
-    "enable_checkpointing": False, "logger": False, "enable_model_summary": False, "enable_progress_bar": False,
-    "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip

@@ -17,6 +17,10 @@ from .measure import Tier
 from .method import UnlearningMethod
 from .store import Store
 
+DEFAULTS: dict[str, Any] = {  # where a command says nothing else
+    "enable_checkpointing": False, "logger": False, "enable_model_summary": False, "enable_progress_bar": False,
+    "accelerator": "auto", "devices": 1, "max_epochs": 10, "num_sanity_val_steps": 0, "limit_val_batches": 0,
+}  # fmt: skip
 CHECKPOINT_SECONDS = 30.0  # an interrupted training loses at most this much, and an epoch
 
 
