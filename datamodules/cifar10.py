@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vislearn.data import Augment, ForgetDataModule, Labels, Memory, no_data
@@ -27,6 +28,7 @@ class CIFAR10(ForgetDataModule):
         download: fetch the data into `root` with torchvision (170 MB) when they are not there.
         shift: largest random shift of a training image, in pixels, over zero padding; short trainings want less than
             the usual 4.
+        pixels: side of the images: 32, or 16 or 8 by the mean over squares of pixels, for trials on small machines.
         **kwargs: see :class:`ForgetDataModule`.
     """
 
@@ -35,8 +37,13 @@ class CIFAR10(ForgetDataModule):
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # over the pixels of the 50,000 training images
     stem, official = "cifar10", "cifar-10-batches-py"  # names on disk: of images or archive, of the published files
 
-    def __init__(self, root: Path = Path("data"), download: bool = False, shift: int = 4, **kwargs: Any) -> None:
+    def __init__(
+        self, root: Path = Path("data"), download: bool = False, shift: int = 4, pixels: int = 32, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        if pixels not in (32, 16, 8):
+            raise UserError(f"pixels is 32, 16 or 8, not {pixels} (--data.pixels)")
+        self.image_size = pixels
         if not 0 <= shift < self.image_size:
             raise UserError(f"shift lies between 0 and {self.image_size - 1} pixels, not {shift} (--data.shift)")
         self.augmentation = Augment(padding=shift, flip=True)
@@ -53,7 +60,9 @@ class CIFAR10(ForgetDataModule):
     def source(self, train: bool) -> Memory:
         tensors, about = self._read()
         key = f"{'train' if train else 'test'}_images"
-        return Memory(tensors[key], about["sha256"][key])
+        if self.image_size == 32:
+            return Memory(tensors[key], about["sha256"][key])
+        return Memory(shrunk(tensors[key], 32 // self.image_size))
 
     def labels(self, train: bool) -> Labels:
         return Labels(self._read()[0][f"{'train' if train else 'test'}_targets"], self.classes)
@@ -100,6 +109,12 @@ class CIFAR10(ForgetDataModule):
     def _file_classes(self) -> tuple[str, ...]:
         """Names of the classes by which the files are labelled, in the order of their numbers."""
         return self.classes
+
+
+def shrunk(images: Tensor, factor: int) -> Tensor:
+    """Means over squares of `factor` x `factor` pixels, to the nearest: (n, c, h, w) uint8 -> (n, c, h', w') uint8."""
+    parts = [F.avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in images.split(5000)]
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=2)  # for the life of the process, which may run many jobs on the same data

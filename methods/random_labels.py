@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from vislearn.data import ForgetDataModule
+from vislearn.errors import UserError
 from vislearn.learner import Classifier
+from vislearn.loader import join_sets
 from vislearn.method import GradientMethod
 
 
 class RandomLabels(GradientMethod):
     r"""Teach wrong labels on the forget set and the right ones on the retain set.
 
-    Every epoch is one pass over :math:`D_f` with labels drawn at random, then one pass over :math:`D_r`; the loss is
-    the cross-entropy of either batch. The order of the two passes is that of the SalUn group's code on CIFAR-10 and
-    SVHN.
+    The loss is the cross-entropy of a batch, for the true label on :math:`D_r` and for a label drawn anew, at every
+    visit, on :math:`D_f`. The SalUn group's code has two orders. On CIFAR-10 and SVHN an epoch is one pass over
+    :math:`D_f`, then one pass over :math:`D_r`; on CIFAR-100 and Tiny ImageNet it is one shuffled pass over both
+    together.
 
     Reference:
         Golatkar et al., Eternal Sunshine of the Spotless Net, CVPR 2020 (random labels); settings as in Fan et al.,
@@ -25,6 +28,8 @@ class RandomLabels(GradientMethod):
     Args:
         labels_from: "all" draws over all classes, the true one included, anew for every batch (the SalUn group);
             "others" excludes the true class (the reading of the amnesiac baselines).
+        order: "sequential" visits the forget set, then the retain set; "joined" shuffles both into the same batches,
+            of batch_size rows.
         epochs: passes over forget and retain set.
         lr: constant learning rate of SGD.
         **kwargs: see :class:`vislearn.method.GradientMethod`.
@@ -33,21 +38,37 @@ class RandomLabels(GradientMethod):
     supports = Classifier
 
     def __init__(
-        self, labels_from: Literal["all", "others"] = "all", epochs: int = 10, lr: float = 0.01, **kwargs: Any
+        self,
+        labels_from: Literal["all", "others"] = "all",
+        order: Literal["sequential", "joined"] = "sequential",
+        epochs: int = 10,
+        lr: float = 0.01,
+        **kwargs: Any,
     ) -> None:
         super().__init__(epochs=epochs, lr=lr, **kwargs)
-        self.labels_from = labels_from
+        if labels_from not in ("all", "others"):
+            raise UserError(f"labels_from is 'all' or 'others', not '{labels_from}' (--method.labels_from)")
+        if order not in ("sequential", "joined"):
+            raise UserError(f"order is 'sequential' or 'joined', not '{order}' (--method.order)")
+        self.labels_from, self.order = labels_from, order
+
+    def check(self, model: Any, data: ForgetDataModule) -> None:
+        super().check(model, data)
+        if self.labels_from == "others" and model.num_classes == 1:
+            raise UserError("a model of one class has no other labels to draw from; use --method.labels_from=all")
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
-        return OneAfterTheOther(
-            forget=data.loader("forget", batch_size=self.forget_batch_size),
-            retain=self.retain_loader(data),
-        )
+        retain = self.retain_loader(data)
+        if self.order == "sequential":
+            return OneAfterTheOther(forget=data.loader("forget", batch_size=self.forget_batch_size), retain=retain)
+        ids = {"forget": data.ids("forget"), "retain": retain.ids}
+        return join_sets(data.loader(torch.cat(list(ids.values())), batch_size=self.batch_size), **ids)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        name, (x, y) = batch
-        logits = self(x)
-        return self.model.loss(logits, self.relabel(y, logits.shape[1]) if name == "forget" else y)
+        parts = batch if isinstance(batch, dict) else dict([batch])
+        logits = self(torch.cat([x for x, _ in parts.values()]))
+        labels = [self.relabel(y, logits.shape[1]) if name == "forget" else y for name, (_, y) in parts.items()]
+        return self.model.loss(logits, torch.cat(labels))
 
     def relabel(self, y: Tensor, classes: int) -> Tensor:
         """Random labels (b,) for the true ones (b,)."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vislearn.benchmark import read_method, read_plan, shipped
+from vislearn.benchmark import Tuned, read_method, read_plan, shipped
 from vislearn.errors import UserError
 from vislearn.main import main
 from vislearn.store import Store
@@ -23,11 +23,17 @@ forget:
 seeds: [0]
 retrain_seeds: [1, 2]
 methods:
-  - FineTune: {epochs: 1}
+  - FineTune: tuned
   - GradientAscent: {lr: 1.0e+30}
   - SSD
   - mine.Nothing
+  - mine.ForClasses
+tuned: found.yaml
 workers: 2
+"""
+TUNED = """
+class: {FineTune: {epochs: 1}}
+random: {FineTune: {epochs: 1, lr: 1e-3}}
 """
 MINE = '''
 from vislearn.method import UnlearningMethod
@@ -40,6 +46,12 @@ class Nothing(UnlearningMethod):
 
     def unlearn(self, model, data, trainer):
         return model
+
+
+class ForClasses(Nothing):
+    """Leave the model as it is, if a class is to be forgotten."""
+
+    scenarios = frozenset({"class"})
 '''
 
 
@@ -48,6 +60,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the benchmark has run once."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "plan.yaml").write_text(PLAN)
+    (folder / "found.yaml").write_text(TUNED)
     (folder / "mine.py").write_text(MINE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -65,7 +78,9 @@ def test_every_rule_has_every_method(ran: Path) -> None:
     rules = results(ran)["rules"]
     assert [r["kind"] for r in rules] == ["ClassForget", "RandomForget"]
     for rule in rules:
-        assert [m["name"] for m in rule["methods"]] == ["FineTune", "GradientAscent", "SSD", "Nothing"]
+        assert [m["name"] for m in rule["methods"]] == [
+            "FineTune", "GradientAscent", "SSD", "Nothing", "ForClasses",
+        ]  # fmt: skip
         assert rule["models"]["retrained"]["seeds"] == [1, 2]
         assert rule["floor"]["forget/accuracy"]["pairs"] == 1
     assert "test_forget/accuracy" in rules[0]["methods"][0]["metrics"]
@@ -81,6 +96,23 @@ def test_a_diverged_method_is_named_and_stops_nothing(ran: Path) -> None:
         assert method["status"] == "diverged"
         assert method["keys"] == []
         assert method["metrics"] == {}
+
+
+def test_a_method_that_does_not_apply_is_named_and_is_no_failure(ran: Path) -> None:
+    found = results(ran)
+    assert all("ForClasses" not in f["title"] for f in found["failures"])
+    assert [rule["methods"][4]["status"] for rule in found["rules"]] == ["done", "not applicable"]
+    assert "whole classes" in found["rules"][1]["methods"][4]["error"]
+
+
+def test_tuned_settings_are_those_of_the_kind_of_forget_set(ran: Path) -> None:
+    tuned = [rule["methods"][0] for rule in results(ran)["rules"]]
+    assert [m["config"]["init_args"]["lr"] for m in tuned] == [0.01, 0.001]  # the paper's where the file says nothing
+    assert [m["settings"] for m in tuned] == ["tuned", "tuned"]
+    assert [m["settings"] for m in results(ran)["rules"][0]["methods"]][1:3] == ["as given", "paper default"]
+    page = (ran / "artifacts" / "reports" / "small.html").read_text()
+    assert "FineTune (tuned)" in page
+    assert "SSD (paper default)" in page
 
 
 def test_a_model_that_did_not_change_is_called_identical(ran: Path) -> None:
@@ -123,7 +155,7 @@ def test_dry_run_lists_and_stops(
     with pytest.raises(SystemExit) as done:
         main(["benchmark", "-c", "plan.yaml", "--store", "empty", "--dry-run"])
     assert done.value.code == 0
-    assert "13 models, 13 to make" in capsys.readouterr().out
+    assert "14 models, 14 to make" in capsys.readouterr().out
     assert Store("empty").keys() == []
 
 
@@ -135,7 +167,7 @@ def test_shipped_files_are_sound(name: str) -> None:
     assert len(plan.retrain_seeds) >= 2
     for method in plan.methods:
         for rule in plan.forget:
-            _, config = read_method(method)
+            config, _ = Tuned(plan.tuned).settle(read_method(method)[1], "random" if "Random" in str(rule) else "class")
             full = resolve(**{**plan.recipe, "data": with_rule(plan.recipe["data"], rule), "method": config})
             assert full["method"]["class_path"].startswith("vislearn.methods.")
 
@@ -152,6 +184,15 @@ def test_shipped_files_are_sound(name: str) -> None:
 def test_method_entries(item: object, path: str, arguments: object, title: object) -> None:
     found, config = read_method(item)
     assert (found, config["class_path"], config.get("init_args")) == (title, path, arguments)
+
+
+def test_tuned_needs_a_file() -> None:
+    with pytest.raises(UserError, match="key 'tuned'"):
+        Tuned(None).settle({"class_path": "SSD", "init_args": "tuned"}, "class")
+    with pytest.raises(UserError, match="nowhere"):
+        Tuned("nowhere.yaml")
+    with pytest.raises(UserError, match="the word tuned"):
+        read_method({"SSD": "tunned"})
 
 
 @pytest.mark.parametrize("item", [3, {"SSD": {}, "ASSD": {}}])

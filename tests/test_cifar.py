@@ -56,6 +56,17 @@ def test_cifar10_in_a_folder_and_in_an_archive(cifar_folder: Path, tmp_path: Pat
     assert CIFAR10(cifar_folder).fingerprint() == whole  # the folder itself
 
 
+def test_smaller_images_are_means_over_squares(cifar_folder: Path) -> None:
+    whole, small = CIFAR10(cifar_folder), CIFAR10(cifar_folder, pixels=16)
+    assert small.image_size == 16
+    expected = whole.source(True).rows[:, :, ::2, ::2].float()
+    for i, j in ((0, 1), (1, 0), (1, 1)):
+        expected = expected + whole.source(True).rows[:, :, i::2, j::2].float()
+    assert torch.equal(small.source(True).rows.float(), (expected / 4).round())
+    assert small.fingerprint() != whole.fingerprint()
+    assert "--data.pixels" in refusal(lambda: CIFAR10(cifar_folder, pixels=20))
+
+
 def test_data_are_found_through_the_environment(
     cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,20 @@ def test_sets_are_a_partition_and_setup_is_idempotent() -> None:
     assert "test_forget" not in data.indices  # the rule names rows only
 
 
+def test_part_of_the_training_rows() -> None:
+    whole, part = Digits(), Digits(train_rows=400, val_fraction=0.25, forget=RandomForget(0.1))
+    whole.setup()
+    part.setup()
+    assert {name: len(part.indices[name]) for name in ("train", "val", "forget", "retain")} == {
+        "train": 300, "val": 100, "forget": 30, "retain": 270,
+    }  # fmt: skip
+    assert torch.equal(part.indices["test"], whole.indices["test"])
+    assert not torch.isin(part.indices["val"], part.indices["train"]).any()
+    assert not torch.equal(part.indices["train"], Digits(train_rows=400, split_seed=1).ids("train"))
+    assert "--data.train_rows" in refusal(lambda: Digits(train_rows=10**6).setup())
+    assert "--data.train_rows" in refusal(lambda: Digits(train_rows=1))
+
+
 def test_without_a_rule_all_is_retained() -> None:
     data = Toy()
     assert torch.equal(data.ids("retain"), data.ids("train"))

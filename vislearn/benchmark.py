@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from . import audit, runs
@@ -22,15 +23,19 @@ from .data import ForgetDataModule
 from .errors import UserError
 from .folders import storage_fault
 from .jobs import Job, Outcome, run_all
+from .learner import Learner
 from .measure import TIERS
 from .measures import all_columns
-from .method import UnlearningMethod
+from .method import UnlearningMethod, scenario
+from .networks import without_public_weights
+from .recipe import load_yaml
 from .store import Store, key, recipe
 
 JOB_KEYS = {
     "fit": ("seed_everything", "model", "data", "trainer"),
     "unlearn": ("seed_everything", "model", "data", "trainer", "method", "unlearn_seed"),
 }
+PAPER, TUNED = "paper default", "tuned"
 MEASURING = {"standard": 0.3, "thorough": 2.0}  # cost of a tier on one model, in epochs of training, roughly
 
 
@@ -47,15 +52,15 @@ class Plan:
     workers: int | None = None
     evaluation: ev.Tier = "quick"
     shadows: int = 16
+    tuned: str | None = None  # file of settings found by a search, for methods that the plan calls `tuned`
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method of the plan: how it is named, and its class and settings."""
+    """One method of the plan: how it is named."""
 
     name: str
     title: str
-    config: dict[str, Any]
 
 
 def shipped() -> dict[str, Path]:
@@ -102,11 +107,18 @@ def read_plan(file: str | None) -> Plan:
                         "seed of its own, or it starts from the original's weights and agrees with it for the wrong "
                         "reason")  # fmt: skip
     plan.title = plan.title or path.stem
+    if plan.tuned is not None and not Path(plan.tuned).is_absolute():
+        plan.tuned = str(path.parent / plan.tuned)
     return plan
 
 
 def read_method(item: Any) -> tuple[str | None, dict[str, Any]]:
-    """One entry of `methods`: a class name, {Name: {arguments}}, or {class_path, init_args}; a title if it has one."""
+    """One entry of `methods`: a class name, {Name: {arguments}}, {Name: tuned}, or {class_path, init_args}.
+
+    Returns:
+        The title if the entry has one, and the configuration of the method; `init_args` is the word "tuned" where the
+        settings depend on the forget rule and stand in the plan's file of tuned settings.
+    """
     if isinstance(item, str):
         return None, {"class_path": item}
     if not isinstance(item, dict):
@@ -118,11 +130,39 @@ def read_method(item: Any) -> tuple[str | None, dict[str, Any]]:
     if len(item) != 1:
         raise UserError(f"a method entry names one class, not {sorted(map(str, item))}; give each an entry of its own")
     (name, arguments), = item.items()
+    if isinstance(arguments, str) and arguments != "tuned":
+        raise UserError(f"{name}: settings are {{argument: value}} or the word tuned, not {arguments!r}")
     return title, {"class_path": name, "init_args": arguments or {}}
 
 
+class Tuned:
+    """Settings that a search found, by kind of forget set (see `vislearn.method.scenario`) and method.
+
+    The file is a mapping `{class: {Method: {argument: value}}, random: {...}}`; a method that it does not hold keeps
+    its paper's settings, and a subclass takes the settings of a class where it has none of its own.
+    """
+
+    def __init__(self, file: str | None) -> None:
+        self.file = file
+        self.settings = load_yaml(Path(file)) if file and Path(file).is_file() else {}
+        if file and not self.settings:
+            raise UserError(f"there is no file of tuned settings {file}, or it is empty (key 'tuned')")
+
+    def settle(self, method: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], str]:
+        """The configuration of a method for a kind of forget set, and what to call its settings."""
+        given = method.get("init_args") or {}
+        if given != "tuned":
+            return dict(method), "as given" if given else PAPER
+        if self.file is None:
+            raise UserError(f"{method['class_path']}: tuned settings stand in a file; the plan's key 'tuned' names it")
+        found = self.settings.get(kind) or self.settings.get("class" if kind == "subclass" else kind) or {}
+        name = method["class_path"]
+        arguments = found.get(name.split(".")[-1])
+        return {"class_path": name, "init_args": arguments or {}}, TUNED if arguments else PAPER
+
+
 class Resolver:
-    """Turns partial configurations into complete ones, as the command line does, without instantiating anything."""
+    """Turns partial configurations into complete ones, as the command line does, and builds what they name."""
 
     def __init__(self) -> None:
         from .cli import resolving_parser
@@ -137,6 +177,12 @@ class Resolver:
         """The data module of a resolved configuration."""
         init = self.parser.instantiate(self.parser.parse_object({"data": config["data"]}))
         return init.data
+
+    def model(self, config: Mapping[str, Any]) -> Learner:
+        """The learner of a resolved configuration, with weights of no account."""
+        whole = {"data": config["data"], "model": config["model"]}
+        with torch.random.fork_rng(devices=[]), without_public_weights():
+            return self.parser.instantiate(self.parser.parse_object(whole)).model
 
     def method(self, config: Mapping[str, Any]) -> UnlearningMethod:
         """The method of a configuration {class_path, init_args}."""
@@ -157,6 +203,10 @@ class Sheet:
     unlearned: dict[tuple[int, int], dict[int, str]] = field(default_factory=dict)  # (rule, method) -> seed -> key
     measured: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # (rule, model) -> keys of what was found
     rows: list[Row] = field(default_factory=list)
+    methods: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # (rule, method) -> configuration
+    settings: dict[tuple[int, int], str] = field(default_factory=dict)  # (rule, method) -> where its settings are from
+    refused: dict[tuple[int, int], str] = field(default_factory=dict)  # (rule, method) -> why it does not apply
+    data: list[ForgetDataModule] = field(default_factory=list)  # rule -> the data, set up
     configs: list[dict[str, Any]] = field(default_factory=list)  # rule -> resolved configuration
     files: dict[Path, dict[str, Any]] = field(default_factory=dict)  # what each job reads
 
@@ -186,21 +236,32 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
     full = resolve(**base)
     for seed in plan.seeds:
         sheet.originals[seed] = job("fit", f"original, seed {seed}", length, full, seed_everything=seed)
-    methods = [read_method(m) for m in plan.methods]
+    methods, tuned = [read_method(m) for m in plan.methods], Tuned(plan.tuned)
+    model = resolve.model(full)
     for i, rule in enumerate(plan.forget):
         data = with_rule(base["data"], rule)
         full = resolve(**{**base, "data": data})
         sheet.configs.append(full)
+        sheet.data.append(resolve.data(full))
+        sheet.data[i].setup()  # wrong rules and missing data are found before anything is written or trained
+        kind = scenario(sheet.data[i])
         sheet.retrained[i] = {
             seed: job("fit", f"retrained, rule {i + 1}, seed {seed}", length, full, seed_everything=seed)
             for seed in plan.retrain_seeds
         }
-        for j, (title, method) in enumerate(methods):
+        for j, (title, entry) in enumerate(methods):
+            method, sheet.settings[i, j] = tuned.settle(entry, kind)
             full = resolve(**{**base, "data": data, "method": method})
-            chosen = full["method"]
+            chosen = sheet.methods[i, j] = full["method"]
             if i == 0:
                 name = chosen["class_path"].split(".")[-1]
-                sheet.rows.append(Row(name, title or headline(name, method), chosen))
+                sheet.rows.append(Row(name, title or headline(name, entry)))
+            built = resolve.method(chosen)
+            try:
+                built.check(model, sheet.data[i])
+            except UserError as refusal:  # it has no model under this rule, and the table says why
+                sheet.refused[i, j], sheet.unlearned[i, j] = str(refusal), {}
+                continue
             cost = float((chosen.get("init_args") or {}).get("epochs") or 1)
             sheet.unlearned[i, j] = {
                 seed: job("unlearn", f"{sheet.rows[j].title}, rule {i + 1}, seed {seed}", cost, full,
@@ -244,7 +305,8 @@ def with_rule(data: Any, rule: Any) -> dict[str, Any]:
 
 def headline(name: str, method: Mapping[str, Any]) -> str:
     """`SSD (alpha=10)`: a method with the settings that the plan gives it."""
-    given = ", ".join(f"{k}={v}" for k, v in (method.get("init_args") or {}).items())
+    arguments = method.get("init_args") or {}
+    given = arguments if isinstance(arguments, str) else ", ".join(f"{k}={v}" for k, v in arguments.items())
     return f"{name} ({given})" if given else name
 
 
@@ -272,7 +334,7 @@ def ask_shadows(
     pools: Pools = {}
     for i, full in enumerate(sheet.configs):
         kinds: list[tuple[int | None, str, Any]] = [(None, HALVES, None)]
-        kinds += [(j, THIRDS, row.config) for j, row in enumerate(sheet.rows)]
+        kinds += [(j, THIRDS, sheet.methods[i, j]) for j in range(len(sheet.rows)) if (i, j) not in sheet.refused]
         for j, name, method in kinds:
             kind: Any = name.rpartition("/")[2]
             try:
@@ -284,7 +346,7 @@ def ask_shadows(
 
 
 def gather(
-    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store, data: Sequence[ForgetDataModule],
+    plan: Plan, sheet: Sheet, outcomes: Sequence[Outcome], store: Store,
     pools: Mapping[tuple[int, int | None], Mapping[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The stored outputs of every model, turned into the report's numbers, rule by rule."""
@@ -314,16 +376,18 @@ def gather(
             keys = sheet.unlearned[i, j]
             failed = [state[k] for k in keys.values() if k in state and state[k].state in ("failed", "skipped")]
             entry: dict[str, Any] = {
-                "name": row.name, "title": row.title, "config": row.config, "subjects": subjects(i, keys),
-                "pools": pools.get((i, j), {}),
-                "needs": needs(row.config["class_path"]),
+                "name": row.name, "title": row.title, "settings": sheet.settings[i, j],
+                "config": sheet.methods[i, j], "subjects": subjects(i, keys), "pools": pools.get((i, j), {}),
+                "needs": needs(sheet.methods[i, j]["class_path"]),
             }  # fmt: skip
-            if failed:
+            if (i, j) in sheet.refused:
+                entry |= {"status": "not applicable", "error": sheet.refused[i, j]}
+            elif failed:
                 error = failed[0].error
                 entry |= {"status": "diverged" if "diverged" in error else "failed", "error": error}
             methods.append(entry)
-        facts = rule_facts(data[i]) | {"config": config["data"]["init_args"]["forget"]}
-        rule = compare(facts, originals, retrained, methods, data[i], pools.get((i, None)))
+        facts = rule_facts(sheet.data[i]) | {"config": config["data"]["init_args"]["forget"]}
+        rule = compare(facts, originals, retrained, methods, sheet.data[i], pools.get((i, None)))
         missing = len(plan.retrain_seeds) - len(retrained)
         if missing:
             rule["warnings"].append(
@@ -446,9 +510,7 @@ def main(argv: Sequence[str]) -> int:
     store = Store(Path(options.store))
     resolve = Resolver()
     sheet = lay_out(plan, store, resolve)
-    data = [resolve.data(config) for config in sheet.configs]
-    for module in data:
-        module.setup()  # wrong rules and missing data are found before anything is written or trained
+    data = sheet.data
     found = [name for name in sheet.originals.values() if name in store]
     if found:
         runs.check_ledger(store[found[0]], data[0])  # the key leaves out where the data are
@@ -464,7 +526,7 @@ def main(argv: Sequence[str]) -> int:
     write_jobs(sheet, store)
     outcomes = run_all(sheet.jobs, store, workers=options.workers or plan.workers, executor=options.executor)
     pools = ask_shadows(plan, sheet, store, resolve, options) if plan.evaluation == "thorough" else {}
-    rules = gather(plan, sheet, outcomes, store, data, pools)
+    rules = gather(plan, sheet, outcomes, store, pools)
     failures = [{"title": o.job.title, "error": o.error, "log": str(store.root / ".logs" / f"{o.job.key}.log")}
                 for o in outcomes if o.state in ("failed", "skipped")]  # fmt: skip
     results = results_of(

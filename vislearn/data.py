@@ -65,6 +65,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         augment: whether to augment training images.
         hold_out: rows of the official training split that are in no set, for models that must never have seen them,
             such as shadow models; none by default.
+        train_rows: use only so many rows of the official training split, validation set included, drawn by
+            `split_seed`; by default all. The test set stays whole.
     """
 
     name: str  # type: ignore[assignment] # Lightning's is None until it is set
@@ -85,6 +87,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         forget: Forget | None = None,
         augment: bool = True,
         hold_out: HoldOut | None = None,
+        train_rows: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -95,7 +98,9 @@ class ForgetDataModule(LightningDataModule, ABC):
             raise UserError(
                 f"val_fraction must lie between 0 and 1, not {val_fraction:g}; a tenth is --data.val_fraction=0.1"
             )
-        self.name = type(self).__name__
+        if train_rows is not None and train_rows < 2:
+            raise UserError(f"train_rows must be at least 2, not {train_rows}; leave out --data.train_rows for all rows")
+        self.name, self.train_rows = type(self).__name__, train_rows
         self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
         self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
         self.hold_out = hold_out
@@ -120,8 +125,10 @@ class ForgetDataModule(LightningDataModule, ABC):
             return
         labels = self.labels(train=True)
         n = len(labels)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.split_seed))
-        size = max(1, int(self.val_fraction * n + 1e-9)) if self.val_fraction else 0
+        if self.train_rows is not None and self.train_rows > n:
+            raise UserError(f"the training split has {n} rows, and {self.train_rows} were asked for (--data.train_rows)")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.split_seed))[: self.train_rows]
+        size = max(1, int(self.val_fraction * len(order) + 1e-9)) if self.val_fraction else 0
         val, train = order[:size].sort().values, order[size:].sort().values
         test_labels = self.labels(train=False)
         if self.hold_out is not None:

@@ -192,6 +192,39 @@ def zip_loaders(over: str | None = None, **loaders: Any) -> ZippedLoaders:
     return ZippedLoaders(loaders, over)
 
 
+class JoinedSets:
+    """One shuffled pass over several sets together; see `join_sets`."""
+
+    def __init__(self, loader: Loader, sets: dict[str, Tensor]) -> None:
+        self.loader, self.sets = loader, sets
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        chunks = self.loader._batches(self.loader.order(self.loader.epoch))
+        for ids, (x, y) in zip(chunks, self.loader, strict=True):
+            inside = {name: torch.isin(ids, members).to(x.device) for name, members in self.sets.items()}
+            yield {name: (x[rows], y[rows]) for name, rows in inside.items()}
+
+    @property
+    def sampler(self) -> Loader:
+        """Where Lightning looks for `set_epoch`."""
+        return self.loader
+
+
+def join_sets(loader: Loader, **sets: Tensor) -> JoinedSets:
+    """Batches of one shuffled pass over several sets together, as {"forget": (x, y), "retain": (x, y)}.
+
+    Every row is visited once a pass. A batch holds of each set what the shuffling put there: a part may have no row.
+
+    Args:
+        loader: a loader over the rows of all the sets: `data.loader(torch.cat([data.ids("forget"), ...]))`.
+        **sets: (k,) row numbers of each set, apart from each other.
+    """
+    return JoinedSets(loader, sets)
+
+
 def batches(loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of a loader on a device: for methods without a training loop."""
     for x, y in loader:

@@ -13,6 +13,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   unlearn     original -> unlearned model, evaluated against the retrained ones
   evaluate    audit any original, unlearned and retrained checkpoints without training
   measure     one tier's findings on one stored model, as `benchmark` and `evaluate` make them
+  methods     what every unlearning method reads, serves and costs, as a table
   store       ls, show, verify, explain, gc over the stored models
 
   vislearn benchmark
@@ -25,7 +26,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
 
   --version   print the version
 """
-VERBS = ("benchmark", "fit", "unlearn", "evaluate", "measure", "store")
+VERBS = ("benchmark", "fit", "unlearn", "evaluate", "measure", "methods", "store")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     if "" not in sys.path:  # the user's own classes, my_file.Mine; last, so that they hide nothing that is installed
         sys.path.append("")
+    if argv[0] == "methods":
+        from .capabilities import main as methods
+
+        raise SystemExit(methods(argv[1:]))
     from . import cli
 
     if argv[0] == "benchmark":

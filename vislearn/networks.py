@@ -227,7 +227,7 @@ def positions(side: int, width: int) -> Tensor:
 class ViT(Network):
     """Small vision transformer: fixed position codes, mean over tokens instead of a class token.
 
-    Patches are 4x4 pixels, 2x2 for images smaller than 16 pixels; 6 layers, width 192, 3 heads.
+    Patches are 4x4 pixels, 2x2 for images smaller than 16 pixels.
 
     Reference:
         Beyer, Zhai, Kolesnikov. Better plain ViT baselines for ImageNet-1k. 2022. arXiv:2205.01580 (pooling and codes).
@@ -235,9 +235,11 @@ class ViT(Network):
 
     any_size = False
 
-    def __init__(self, num_outputs: int, in_channels: int, image_size: int) -> None:
+    def __init__(
+        self, num_outputs: int, in_channels: int, image_size: int, width: int = 192, heads: int = 3, depth: int = 6
+    ) -> None:
         super().__init__()
-        width, heads, depth, patch = 192, 3, 6, 2 if image_size < 16 else 4
+        patch = 2 if image_size < 16 else 4
         if image_size % patch:
             raise UserError(
                 f"vit_tiny_cifar cuts images into {patch}x{patch} patches, which {image_size} pixels cannot be; give "

@@ -37,8 +37,8 @@ def recipe(config: Mapping[str, Any], *without: str) -> dict[str, Any]:
     """Keep of a resolved configuration what changes weights.
 
     Kept: `seed_everything`, `model`, `data` except `root`, `num_workers` and `download`, the forget rule inside `data`,
-    `method` with `unlearn_seed`, and the settings of `trainer` listed in `TRAINER`. A method, a forget rule or a
-    `hold_out` that is None is the same as none. Everything else (logger, callbacks, devices, the store) is left out.
+    `method` with `unlearn_seed`, and the settings of `trainer` listed in `TRAINER`. A method, a forget rule,
+    `hold_out` or `train_rows` that is None is the same as none. Everything else (logger, callbacks, devices, the store) is left out.
 
     One key each, whatever form the values have:
         numbers: 1, 1.0 and numpy scalars of that value are one; 0.0 and -0.0 are one; True stays apart from 1;
@@ -80,7 +80,7 @@ def _data(config: Mapping[str, Any], forget: bool) -> dict[str, Any]:
     dropped = set(WITHOUT_EFFECT) if forget else {*WITHOUT_EFFECT, "forget"}
     arguments = config.get("init_args") or {}
     kept = {name: value for name, value in arguments.items() if name not in dropped}
-    for name in ("forget", "hold_out"):  # one that is None is the same as none
+    for name in ("forget", "hold_out", "train_rows"):  # one that is None is the same as none
         if kept.get(name) is None:
             kept.pop(name, None)
     return {**config, "init_args": kept}

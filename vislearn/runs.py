@@ -157,7 +157,7 @@ def carry_out(
     theta_o: Learner, data: ForgetDataModule, method: UnlearningMethod, trainer: Trainer, seed: int, cache: Cache
 ) -> tuple[Learner, ev.Subject]:
     """Prepare, unlearn and predict; the time is that of unlearning alone. `theta_o` may be edited."""
-    seed_everything(seed, verbose=False)
+    seed_unlearning(seed)
     trainer.add_callbacks(Progress(type(method).__name__))
     with data.reading(method.needs):
         method.prepare(theta_o, data, cache)
@@ -169,6 +169,16 @@ def carry_out(
     predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
     check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
     return unlearned, ev.Subject(predictions, seed=seed, seconds=seconds, report=dict(method.report))
+
+
+def seed_unlearning(seed: int) -> None:
+    """Seed what unlearning draws, apart from a training of the same seed.
+
+    Benchmarks unlearn with the seed of the original. From the same generator a method that draws a new network would
+    get the very weights the original started from, and fine-tuning the order of rows that the original was trained in.
+    """
+    seed_everything(seed, verbose=False)
+    seed_everything(int(torch.randint(2**32, ())), verbose=False)
 
 
 def one_method(method: UnlearningMethod, subject: ev.Subject) -> dict[str, Any]:

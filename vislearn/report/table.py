@@ -161,14 +161,18 @@ def _label(methods: Sequence[dict[str, Any]]) -> None:
     """Set `label`: the name, with as few of the settings as tell methods of the same name apart."""
     for name in dict.fromkeys(row["name"] for row in methods):
         same = [row for row in methods if row["name"] == name]
+        marks = [row["source"].get("settings") for row in same]
         settings = [_settings(row["source"].get("config")) for row in same]
         keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
-        labels = [name] * len(same)
+        # a search or the paper chose the settings: said always; settings of the plan only as far as they tell apart
+        said = [[mark] if mark in ("tuned", "paper default") else [] for mark in marks]
+        labels = [f"{name} ({', '.join(parts)})" if parts else name for parts in said]
         for count in range(1, len(keys) + 1):
             if len(set(labels)) == len(same):
                 break
             chosen = [[f"{k}={s[k]}" for k in keys[:count] if k in s] for s in settings]
-            labels = [f"{name} ({', '.join(parts)})" if parts else name for parts in chosen]
+            parts = [own or given for own, given in zip(said, chosen, strict=True)]
+            labels = [f"{name} ({', '.join(each)})" if each else name for each in parts]
         unique = len(set(labels)) == len(same)
         for row, label in zip(same, labels, strict=True):
             row["label"] = label if unique else row["title"]
