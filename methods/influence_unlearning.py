@@ -104,17 +104,11 @@ class InfluenceUnlearning(UnlearningMethod):
         loader = data.loader(rows, train=False)
         before = influence.mean_loss(model, loader, loss)
         step = self.alpha * self.solve(model, loader, v, len(rows))
-        start = influence.flat(parameters.values(), parameters)
-        influence.move(parameters, step)
-        relative = float(step.norm() / start.norm().clamp(min=1e-12))
-        self.report.update(alpha=self.alpha, solver=self.solver, rows=len(rows), direction=float(v.norm()),
-                           step=float(step.norm()), step_relative=relative)  # fmt: skip
+        influence.take(self, parameters, step, f"try a larger --method.alpha than {self.alpha:g}")
+        self.report.update(alpha=self.alpha, solver=self.solver, rows=len(rows), direction=float(v.norm()))
         y = data.labels(train=True).targets[rows].to(step.device)
         influence.judge(self, model, y, before, influence.mean_loss(model, loader, loss),
                         f"try a smaller --method.alpha than {self.alpha:g}")  # fmt: skip
-        if relative < 1e-5:
-            self.warn(f"the step is {relative:.1e} of the weights' length: the model is as good as unchanged; try a "
-                      f"larger --method.alpha than {self.alpha:g}")  # fmt: skip
         return model
 
     def solve(self, model: Learner, loader: Any, v: Tensor, rows: int) -> Tensor:

@@ -17,7 +17,7 @@ from vislearn.method import UnlearningMethod
 from vislearn.trainer import Trainer
 
 BLOCK = 2**27  # numbers in one block of Jacobian rows at most: 512 MiB in float32
-KERNELS = 3  # copies of the kernel that are there at once: itself, with its ridge, and factorised
+KERNELS = 2  # copies of the kernel that are there at once: itself and its factor
 
 
 class NTKScrub(UnlearningMethod):
@@ -110,8 +110,10 @@ class NTKScrub(UnlearningMethod):
         before = influence.mean_loss(model, retain, loss)
         step, factor = scrub_step(model, x, y, n_r, self.weight_decay, self.scale, model.is_classifier,
                                   (self.max_bytes - kernel_bytes(len(x), outputs_of(model, data))) // 8)  # fmt: skip
-        influence.move(influence.trainable(model), step)
-        self.report.update(rows_forget=n_f, rows_retain=n_r, scale=factor, step=float(step.norm()))
+        influence.take(self, influence.trainable(model), step,
+                       f"try a smaller --method.weight_decay than {self.weight_decay:g}, or a --method.scale above "
+                       f"{factor:.3g}")  # fmt: skip
+        self.report.update(rows_forget=n_f, rows_retain=n_r, scale=factor)
         influence.judge(
             self,
             model,
@@ -187,9 +189,11 @@ def coefficients(
 
 def solve(kernel: Tensor, ridge: float, right: Tensor) -> Tensor:
     """(kernel + ridge I)^-1 right."""
-    ridged = kernel.clone()
-    ridged.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(ridged)
+    diagonal = kernel.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(ridge)  # in place and taken back: a copy would be the largest thing in memory
+    factor, failed = torch.linalg.cholesky_ex(kernel)
+    diagonal.copy_(before)
     if failed:
         raise UserError(f"the kernel of the linearised network is not positive definite with a ridge of {ridge:g}; "
                         "give a larger --method.weight_decay")  # fmt: skip

@@ -180,8 +180,8 @@ class RMU(GradientMethod):
             self.warn(f"the activations of {self.name} on the forget set hardly moved (loss {first:.3g}, then "
                       f"{last:.3g}): more --method.epochs, larger --method.lr or smaller --method.alpha")  # fmt: skip
         if self.report.get("predictions_kept", 0.0) > 0.5 >= last / first:
-            self.warn("the activations on the forget set were steered, and the head still answers most rows of the last "
-                      "batch as before; another --unlearn_seed or --method.layer has another direction")  # fmt: skip
+            self.warn("the activations on the forget set were steered, and the head still answers most rows of the "
+                      "last batch as before; give another --unlearn_seed or another --method.layer")  # fmt: skip
         if drift > 0.5:
             self.warn(f"the activations of {self.name} on the retain set are far from the original model's (squared "
                       f"error {drift:.0%} of their square): a larger --method.alpha keeps them")  # fmt: skip

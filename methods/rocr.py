@@ -35,7 +35,7 @@ class ROCR(UnlearningMethod):
     closed form of ROME for a linear map with given key and value. Our mapping: the concept is a class, the linear map
     is the head (in the paper a feed-forward layer in the middle of a language model), its key is the mean feature of
     the class, and the concept to redirect to is by default the class that the head ranks second for that key. Only the
-    paper's abstract and its first pages were at hand, so details of its layers and keys may differ.
+    paper's abstract was at hand, so details of its layers and keys may differ.
 
     Reference:
         Ye, Zhang, Wu. LLM Unlearning Should Be Form-Independent. 2025. arXiv:2506.07795;

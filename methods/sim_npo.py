@@ -26,7 +26,7 @@ class SimNPO(PreferenceMethod):
 
     Reference:
         Fan, Liu, Lin, Jia, Zhang, Mei, Liu. Simplicity Prevails: Rethinking Negative Preference Optimization for LLM
-        Unlearning. arXiv:2410.07163.
+        Unlearning. NeurIPS 2025. arXiv:2410.07163.
 
     Departures: the paper normalises by the length of a response, which is one class here; classes and values instead of
     tokens are our mapping, and so is the default of beta. A trained classifier has p near 1 on the whole forget set, so

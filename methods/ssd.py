@@ -275,7 +275,7 @@ class ASSD(SSD):
     about the top :math:`\ln(1 + \%)` percent of the weights are dampened.
 
     Reference:
-        Foster, Schoepf, Brintrup. Parameter-Tuning-Free Data Entry Error Unlearning with Adaptive Selective Synaptic
+        Schoepf, Foster, Brintrup. Parameter-Tuning-Free Data Entry Error Unlearning with Adaptive Selective Synaptic
         Dampening. arXiv:2402.10098.
 
     Departures: the code's first pass reads the retain set (``importance_of="retain"``); here it reads D, so that it is

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vislearn.benchmark import Tuned, read_method, read_plan, shipped
 from vislearn.errors import UserError
 from vislearn.main import main
+from vislearn.plan import Tuned, read_method, read_plan, shipped
 from vislearn.store import Store
 
 PLAN = """

@@ -48,6 +48,11 @@ class Narrow(UnlearningMethod):
     def unlearn(self, *args: Any) -> Any: ...
 
 
+class Wrapping(Narrow):
+    def __init__(self, method: UnlearningMethod | None = None, epochs: int = 3) -> None:
+        super().__init__()
+
+
 class Copying(Narrow):
     def __init__(self, epochs: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -61,6 +66,7 @@ def test_a_row_holds_what_the_class_declares() -> None:
     assert words(capability(Everywhere)) == ("forget, retain", "yes", "any", "any", "any", "1 epoch")
     assert words(capability(Narrow)) == ("forget, val, a record", "no", "class, random", "regressor", "vit", "none")
     assert capability(Copying).training == "as the original"
+    assert capability(Wrapping).training == "as its method"
     assert capability(methods.FineTune).training == "10 epochs"
     assert capability(methods.SSD).training == "none"
     assert (capability(Everywhere).paper, capability(Everywhere).arxiv) == ("Doe et al. 2024", "2012.34567")

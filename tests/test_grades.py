@@ -122,13 +122,13 @@ def test_the_two_point_estimate_is_unbiased(directions: int) -> None:
     hessian, at = torch.tensor([[3.0, 1.0], [1.0, 2.0]]), torch.tensor([1.0, -2.0])
     w, drawn = at.clone(), []
     torch.manual_seed(0)
-    for _ in range(2000):
+    for _ in range(500):
         (estimate,), _ = two_point(lambda: w @ hessian @ w / 2, [w], 1e-2, directions)
         drawn.append(estimate)
     assert torch.equal(w, at)
-    found, error = torch.stack(drawn).mean(0), torch.stack(drawn).std(0) / 2000**0.5
+    found, error = torch.stack(drawn).mean(0), torch.stack(drawn).std(0) / 500**0.5
     assert ((found - hessian @ at).abs() < 4 * error).all()
-    assert (error < 0.2).all()
+    assert (error < 0.4).all()
 
 
 def test_the_curvature_estimate_is_unbiased_and_exact_for_a_diagonal_hessian() -> None:

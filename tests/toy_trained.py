@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 from test_zoo import Tiny, learner
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vislearn.forget import ClassForget, Forget
@@ -25,23 +25,15 @@ def rows(data: Tiny, name: str) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
-def short(model: Learner) -> Learner:
-    """A transformer with its first two blocks alone."""
-    model.network.blocks = nn.Sequential(*model.network.blocks[:2])
-    return model
-
-
 def trained(kind: str) -> Learner:
-    """A copy of a learner of the zoo, in eval mode, that knows its training set; transformers have two blocks."""
+    """A copy of a learner of the zoo, in eval mode, that knows its training set."""
     return copy.deepcopy(_trained(kind))
 
 
 @cache
 def _trained(kind: str) -> Learner:
     model, (x, y) = learner(kind), rows(tiny(), "train")
-    if kind == "vit":
-        model = short(model)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3 if kind == "vit" else 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(20):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()

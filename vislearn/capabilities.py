@@ -29,6 +29,7 @@ NOTES = {
     "reads": "sets that it looks at; train is forget and retain, once per original model",
     "labels": "whether it reads any label",
     "forgets": "class: whole classes; subclass: rows that share an attribute; random: any rows",
+    "learners": "any: classifiers and regressors",
     "networks": "vit: attention over tokens; cnn: any other",
     "training": "epochs by default; none: weights are edited without a training loop",
 }
@@ -87,6 +88,8 @@ def some(given: Iterable[str], known: Sequence[str]) -> str:
 
 def training(cls: type[UnlearningMethod]) -> str:
     """How long it trains with its own defaults."""
+    if has(cls, "method"):
+        return "as its method"
     epochs = default(cls, "epochs")
     if epochs is None:  # no such argument, or one that is taken from the recipe
         return "as the original" if has(cls, "epochs") else "none"

@@ -99,7 +99,7 @@ class ForgetDataModule(LightningDataModule, ABC):
                 f"val_fraction must lie between 0 and 1, not {val_fraction:g}; a tenth is --data.val_fraction=0.1"
             )
         if train_rows is not None and train_rows < 2:
-            raise UserError(f"train_rows must be at least 2, not {train_rows}; leave out --data.train_rows for all rows")
+            raise UserError(f"train_rows must be at least 2, not {train_rows}; without --data.train_rows all are used")
         self.name, self.train_rows = type(self).__name__, train_rows
         self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
         self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
@@ -126,7 +126,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         labels = self.labels(train=True)
         n = len(labels)
         if self.train_rows is not None and self.train_rows > n:
-            raise UserError(f"the training split has {n} rows, and {self.train_rows} were asked for (--data.train_rows)")
+            raise UserError(f"the training split has {n} rows, fewer than --data.train_rows={self.train_rows}")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.split_seed))[: self.train_rows]
         size = max(1, int(self.val_fraction * len(order) + 1e-9)) if self.val_fraction else 0
         val, train = order[:size].sort().values, order[size:].sort().values

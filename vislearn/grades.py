@@ -66,7 +66,7 @@ class Grade:
 
 @dataclass(frozen=True)
 class Zeroth(Grade):
-    r"""Two losses for a direction: no back-propagation, and the memory of a forward pass.
+    r"""Two losses for a direction: no back-propagation and no graph, but three copies of the weights.
 
     .. math::
         g = \frac{1}{q} \sum_{i=1}^{q} \frac{L(\theta + \mu u_i) - L(\theta - \mu u_i)}{2 \mu} u_i,

@@ -24,7 +24,10 @@ from .method import UnlearningMethod
 from .per_sample import SampleLoss
 
 ROWS = per_sample.ROWS  # rows of one forward pass at most
-GROUP = 8  # directions that share a forward pass at most
+GROUP = 10  # directions that share a forward pass at most
+HELD = 256  # rows times directions whose slopes are held at a time at most: fewer slow small networks down
+PIXELS = 2**20  # the same in numbers of the input, for large images
+IDLE = 1e-4  # length of a step, relative to the weights, below which accuracies do not move
 
 SquaresAdder = Callable[[per_sample.Sums, Tensor, Sequence[Tensor]], None]  # (sums, x, directions): adds in place
 
@@ -255,12 +258,29 @@ def judge(method: UnlearningMethod, model: Learner, y: Tensor, before: float, af
                     f"{guessing:.3g}: the model is destroyed; {remedy}")  # fmt: skip
 
 
+def take(method: UnlearningMethod, parameters: Mapping[str, Tensor], step: Tensor, remedy: str) -> None:
+    """Add a step to the parameters, report its length, and say where it is too short to change anything.
+
+    Args:
+        method: what takes the step.
+        parameters: the weights, changed in place.
+        step: (P,).
+        remedy: what to do about a step that is too short, in words.
+    """
+    relative = float(step.norm() / flat(parameters.values(), parameters).norm().clamp(min=1e-12))
+    move(parameters, step)
+    method.report.update(step=float(step.norm()), step_relative=relative)
+    if relative < IDLE:
+        method.warn(f"the step is {relative:.1e} of the weights' length, and the model as good as unchanged: a model "
+                    f"that fits its training set has next to no gradient; {remedy}")  # fmt: skip
+
+
 def _in_groups(shared: SquaresAdder) -> SquaresAdder:
     """Few rows times few directions at a time: memory grows with neither."""
 
     def add(sums: per_sample.Sums, x: Tensor, directions: Sequence[Tensor]) -> None:
         size = math.ceil(len(directions) / math.ceil(len(directions) / GROUP))
-        rows = max(1, ROWS // size)
+        rows = max(1, min(HELD, PIXELS // x[0].numel()) // size)
         for piece in range(0, len(x), rows):
             here = slice(piece, piece + rows)
             for start in range(0, len(directions), size):

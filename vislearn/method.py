@@ -274,5 +274,3 @@ class GradientMethod(UnlearningMethod, LightningModule):
                 f"{type(self).__name__} diverged: the loss is {loss.item()} at step {self.global_step} "
                 f"(epoch {self.current_epoch}); nothing was stored; try a smaller --method.lr than {self.lr:g}"
             )
-
-

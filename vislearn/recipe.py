@@ -36,9 +36,10 @@ UNSET = "(not set)"
 def recipe(config: Mapping[str, Any], *without: str) -> dict[str, Any]:
     """Keep of a resolved configuration what changes weights.
 
-    Kept: `seed_everything`, `model`, `data` except `root`, `num_workers` and `download`, the forget rule inside `data`,
-    `method` with `unlearn_seed`, and the settings of `trainer` listed in `TRAINER`. A method, a forget rule,
-    `hold_out` or `train_rows` that is None is the same as none. Everything else (logger, callbacks, devices, the store) is left out.
+    Kept: `seed_everything`, `model`, `data` except `root`, `num_workers` and `download`, the forget rule inside
+    `data`, `method` with `unlearn_seed`, and the settings of `trainer` listed in `TRAINER`. A method, a forget rule,
+    `hold_out` or `train_rows` that is None is the same as none. Everything else (logger, callbacks, devices, the
+    store) is left out.
 
     One key each, whatever form the values have:
         numbers: 1, 1.0 and numpy scalars of that value are one; 0.0 and -0.0 are one; True stays apart from 1;

@@ -29,7 +29,7 @@ from joblib import Parallel, delayed
 from scipy.stats import qmc
 
 from vislearn import methods, runs
-from vislearn.benchmark import Plan, Resolver, read_plan, shipped, with_rule
+from vislearn.benchmark import Resolver, with_rule
 from vislearn.data import ForgetDataModule, batches
 from vislearn.errors import UserError
 from vislearn.jobs import Job, run_all
@@ -38,12 +38,13 @@ from vislearn.measure import channels_last, evaluating
 from vislearn.method import UnlearningMethod, scenario
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.membership import entropy_attack
+from vislearn.plan import Plan, read_plan, shipped
 from vislearn.recipe import load_yaml
 from vislearn.store import Store, key, recipe
 from vislearn.trainer import DEFAULTS, Trainer
 
 HERE = Path(__file__).parent
-SEEDS, RETRAIN_SEEDS = (100, 101), (1100, 1101, 1102)
+SEEDS, RETRAIN_SEEDS = (100,), (1100, 1101, 1102)
 RULES: dict[str, dict[str, Any]] = {  # none of the benchmarks' own
     "class": {"class_path": "ClassForget", "init_args": {"classes": [5]}},
     "random": {"class_path": "RandomForget", "init_args": {"fraction": 0.1, "seed": 77}},
@@ -139,7 +140,7 @@ class Bench:
             return line | {"gap": None, "error": str(error)}
         mean = {k: round(float(np.mean([f[k] for f in found if k in f])), 2) for k in found[0]}
         seconds = round((time.perf_counter() - start) / len(gaps), 2)
-        return line | {"gap": round(float(np.mean(gaps)), 3), "seconds": seconds} | mean
+        return line | {"gap": round(float(np.mean(gaps)), 3), "seconds": seconds} | mean | {"originals": len(gaps)}
 
     def unlearned(self, method: UnlearningMethod, job: Job, seed: int) -> dict[str, float]:
         model = runs.load_learner(self.store[job.key])

@@ -98,7 +98,7 @@ def test_regressors_sum_over_outputs() -> None:
 
 @pytest.mark.parametrize("probes", [0, 3])
 def test_memory_does_not_grow_with_the_batch(probes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(influence, "ROWS", 12)  # four rows times three directions
+    monkeypatch.setattr(influence, "HELD", 12)  # four rows times three directions
     torch.manual_seed(0)
     net, x = build("resnet8", 3, 1, 8), torch.randn(24, 1, 8, 8)
 

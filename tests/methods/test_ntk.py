@@ -118,13 +118,13 @@ def prepared(regression: bool = False, rule: Any = None) -> Tiny:
 
 def test_what_does_not_fit_is_refused_with_sizes_that_do() -> None:
     model, data = learner("batch norm"), prepared()
-    tight = NTKScrub(max_bytes=2**22)
+    tight = NTKScrub(max_bytes=3 * 2**20)
     with pytest.raises(UserError, match=r"GiB|MiB") as refusal:
         tight.check(model, data)
     text = str(refusal.value)
     assert "\n" not in text
     rows, needed = (int(re.search(rf"--method\.{name}=(\d+)", text)[1]) for name in ("rows", "max_bytes"))
-    NTKScrub(max_bytes=2**22, rows=rows).check(model, data)
+    NTKScrub(max_bytes=3 * 2**20, rows=rows).check(model, data)
     NTKScrub(max_bytes=needed).check(model, data)
     with pytest.raises(UserError, match=r"--method\.rows"):
         tight.unlearn(model, data, trainer())
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_with_sizes_that_do() -> None:
 
 
 def test_cifar10_does_not_fit_by_default_and_a_thousand_numbers_do() -> None:
-    assert ntk.bytes_needed(45_000, 10, 272_474) > 1000 * NTKScrub().max_bytes
+    assert ntk.bytes_needed(45_000, 10, 272_474) > 700 * NTKScrub().max_bytes
     assert ntk.size(ntk.bytes_needed(45_000, 10, 272_474)).endswith("TiB")
     assert ntk.bytes_needed(600, 10, 272_474) < NTKScrub().max_bytes
 
@@ -156,11 +156,16 @@ def test_a_step_that_destroys_the_model_is_named() -> None:
     method = NTKScrub(scale=1e4)
     method.unlearn(learner("batch norm"), prepared(), trainer())
     assert any("destroyed" in w and "--method.scale=1" in w for w in method.report["warnings"])
+    method = NTKScrub(scale=1e-6)
+    method.unlearn(learner("batch norm"), prepared(), trainer())
+    assert any("unchanged" in w and "--method.scale" in w for w in method.report["warnings"])
 
 
 def test_an_indefinite_kernel_and_outputs_that_are_not_finite_are_refused() -> None:
+    kernel = -torch.eye(2).double()
     with pytest.raises(UserError, match=r"--method\.weight_decay"):
-        ntk.solve(-torch.eye(2).double(), 0.5, torch.ones(2).double())
+        ntk.solve(kernel, 0.5, torch.ones(2).double())
+    assert torch.equal(kernel, -torch.eye(2).double())
     net, x, y = problem()
     with pytest.raises(UserError, match="not finite"):
         ntk.scrub_step(net, x * float("nan"), y, 5, 0.1)

@@ -10,7 +10,7 @@ from test_zoo import CLASSES, Tiny, learner, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_data import refusal
-from toy_trained import accuracy, rows, short, tiny, trained
+from toy_trained import accuracy, rows, tiny, trained
 from vislearn.methods.rmu import RMU, by_position, output_of, parameters_of
 
 from vislearn.forget import RandomForget
@@ -28,7 +28,7 @@ def unlearn(method: RMU, original: Learner, data: Tiny, **options: Any) -> Learn
 @pytest.mark.parametrize("kind", ["batch norm", "vit"])
 def test_the_forget_set_is_steered_and_the_retain_set_stays(kind: str) -> None:
     data, original = tiny(), trained(kind)
-    method: Any = RMU(epochs=2 if kind == "vit" else 10, lr=2e-3 if kind == "vit" else 5e-3)
+    method: Any = RMU(epochs=6, lr=2e-3 if kind == "vit" else 5e-3)
     directions: list[Tensor] = []
     steering = method.steering
     method.steering = lambda h: directions.append(steering(h)) or directions[-1]
@@ -135,7 +135,7 @@ def test_positions_are_pixels_tokens_or_one() -> None:
 
 
 def test_pooled_steers_the_mean_over_positions() -> None:
-    original, data = short(learner("vit")), tiny()
+    original, data = learner("vit"), tiny()
     method = RMU(pooled=True)
     method.name = "blocks.1"
     x, _ = rows(data, "forget")
