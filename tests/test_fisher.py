@@ -276,6 +276,8 @@ def test_what_is_not_finite_stops_the_pass_with_its_batch(estimator: Any) -> Non
     spoiled[9] = float("nan")
     with pytest.raises(UserError, match="batch 1"):
         diagonal_fisher(net, [(x[:6], y[:6]), (spoiled[6:], y[6:])], estimator)
+    with pytest.raises(UserError, match="batch 0"):
+        diagonal_fisher(net, [(spoiled[9:], y[9:])], estimator)  # the rows on which the fastest way is chosen
     huge = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     with pytest.raises(UserError, match=r"gradient of 1\.weight"):  # squares of 1e20 do not fit into float32
         diagonal_fisher(huge, [(x * 1e20, y)], estimator)

@@ -17,7 +17,7 @@ from lightning import seed_everything
 from torch import Tensor
 
 from vislearn import methods, networks
-from vislearn.data import ForgetDataModule, Labels, Memory
+from vislearn.data import Augment, ForgetDataModule, Labels, Memory
 from vislearn.errors import UserError
 from vislearn.forget import ClassForget, Forget, GroupForget, RandomForget
 from vislearn.learner import Classifier, Learner, Regressor
@@ -31,6 +31,7 @@ ZOO += [getattr(importlib.import_module(module), name)
         for path in os.environ.get("VISLEARN_ZOO_EXTRA", "").split(",") if path
         for module, name in [path.rsplit(".", 1)]]  # fmt: skip
 BUILT = [cls for cls in ZOO if not cls.requires]  # the others need more than data and model: tests of their own
+TRAINED = [cls for cls in BUILT if issubclass(cls, GradientMethod)]
 CLASSES = 4
 
 
@@ -106,23 +107,26 @@ def trainer(**kwargs: Any) -> Trainer:
 SHORT = {"epochs": 1, "steps": 5}  # arguments that make a method short, where it has them; all others are its own
 
 
-def build(cls: type[UnlearningMethod]) -> UnlearningMethod:
+def build(cls: type[UnlearningMethod], **more: Any) -> UnlearningMethod:
     known = {"epochs"} if issubclass(cls, GradientMethod) else inspect.signature(cls.__init__).parameters
-    return cls(**{name: value for name, value in SHORT.items() if name in known})
+    return cls(**{name: value for name, value in SHORT.items() if name in known} | more)
 
 
-def run(cls: type[UnlearningMethod], kind: str, rule: Forget, **options: Any) -> tuple[Learner, Learner, Tiny, Any]:
-    """The original, the unlearned model, the data and the method."""
+def run(
+    cls: type[UnlearningMethod], kind: str, rule: Forget, precision: Any = "32-true", augment: bool = False, **more: Any
+) -> tuple[Learner, Learner, Tiny, Any]:
+    """The original, the unlearned model, the data and the method, which gets `more` arguments."""
     regression = LEARNERS[kind][0] is Regressor
     original, data = learner(kind), Tiny(regression, forget=rule)
+    data.augmentation = Augment(padding=1) if augment else None
     data.setup()
     data.read.clear()
-    method = build(cls)
+    method = build(cls, **more)
     method.check(original, data)
     seed_everything(3, verbose=False)
     made: dict[str, dict[str, Tensor]] = {}
     method.prepare(original, data, lambda name, make: made.setdefault(name, make()))
-    unlearned = method.unlearn(copy.deepcopy(original), data, trainer(**options))
+    unlearned = method.unlearn(copy.deepcopy(original), data, trainer(precision=precision))
     return original, unlearned, data, method
 
 
@@ -206,7 +210,7 @@ def test_what_it_does_not_declare_is_refused(cls: type[UnlearningMethod]) -> Non
         build(cls).unlearn(model, data, trainer())
 
 
-@pytest.mark.parametrize("cls", [c for c in BUILT if issubclass(c, GradientMethod)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", TRAINED, ids=lambda c: c.__name__)
 def test_an_epoch_visits_each_row_of_a_set_once(cls: type[UnlearningMethod]) -> None:
     data = Tiny(forget=RULES["random"])
     stream = build(cls).train_stream(data)
@@ -220,9 +224,33 @@ def test_an_epoch_visits_each_row_of_a_set_once(cls: type[UnlearningMethod]) -> 
 
 
 @pytest.mark.parametrize("cls", BUILT, ids=lambda c: c.__name__)
-def test_runs_in_bfloat16(cls: type[UnlearningMethod]) -> None:
-    unlearned = run(cls, *first_of(cls, "random"), precision="bf16-mixed")[1]
+def test_runs_in_bfloat16_and_with_augmentation(cls: type[UnlearningMethod]) -> None:
+    unlearned = run(cls, *first_of(cls, "random"), precision="bf16-mixed", augment=True)[1]
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in unlearned.parameters())
+
+
+@pytest.mark.parametrize("cls", TRAINED, ids=lambda c: c.__name__)
+def test_a_run_that_diverges_is_stopped_and_named(cls: type[UnlearningMethod]) -> None:
+    with pytest.raises(UserError, match=f"{cls.__name__} diverged.*--method.lr"):
+        run(cls, *first_of(cls, "random"), lr=1e30, epochs=3)
+
+
+@pytest.mark.parametrize("cls", TRAINED, ids=lambda c: c.__name__)
+def test_a_saliency_mask_holds_the_other_weights_bit_by_bit(cls: type[UnlearningMethod]) -> None:
+    original, unlearned, _, _ = run(cls, *first_of(cls, "random"), saliency=0.25, momentum=0.9, weight_decay=0.1)
+    same = [(p == q).flatten() for p, q in zip(original.parameters(), unlearned.parameters(), strict=True)]
+    assert torch.cat(same).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("grade", ["zeroth", "sign"])
+@pytest.mark.parametrize("cls", TRAINED, ids=lambda c: c.__name__)
+def test_an_optimiser_grade_works_or_is_refused(cls: type[GradientMethod], grade: str) -> None:
+    if grade not in cls.grades:
+        with pytest.raises(UserError, match="grade"):
+            run(cls, *first_of(cls, "random"), grade=grade)
+        return
+    unlearned = run(cls, *first_of(cls, "random"), grade=grade, lr=1e-5)[1]
+    assert all(torch.isfinite(p).all() for p in unlearned.parameters())
 
 
 @pytest.mark.parametrize("cls", BUILT, ids=lambda c: c.__name__)
