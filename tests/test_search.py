@@ -38,13 +38,21 @@ def test_the_papers_settings_come_first_and_the_others_stay_in_the_space(search:
 
 
 def test_the_smallest_gap_wins_and_the_paper_on_a_tie(search: Any, tmp_path: Path) -> None:
-    def line(method: str, gap: float | None, **settings: Any) -> dict[str, Any]:
-        return {"kind": "class", "method": method, "settings": settings, "gap": gap}
+    def line(
+        method: str, gap: float | None, originals: int = 1, retain: float = 99.0, **settings: Any
+    ) -> dict[str, Any]:  # fmt: skip
+        found = {"gap": gap, "retain": retain, "originals": originals}
+        return {"kind": "class", "method": method, "settings": settings, **found}
 
     lines = [line("SSD", 3.0, alpha=5), line("SSD", 3.0), line("JiT", 9.0), line("JiT", None, lr=9.0),
-             line("JiT", 2.0, lr=0.1), line("ROCR", None)]  # fmt: skip
+             line("JiT", 2.0, lr=0.1), line("ROCR", None),
+             line("NPO", 0.1, lr=0.1), line("NPO", 0.3, originals=3, lr=0.2),
+             line("DiPO", 0.1, retain=60.0, a=1.0), line("DiPO", 9.0, a=2.0),
+             line("RMU", 5.0, retain=10.0, c=1.0)]  # fmt: skip
     search.write_best(lines, tmp_path / "tuned" / "x.yaml")
-    assert yaml.safe_load((tmp_path / "tuned" / "x.yaml").read_text()) == {"class": {"JiT": {"lr": 0.1}, "SSD": {}}}
+    assert yaml.safe_load((tmp_path / "tuned" / "x.yaml").read_text()) == {
+        "class": {"DiPO": {"a": 2.0}, "JiT": {"lr": 0.1}, "NPO": {"lr": 0.2}, "RMU": {"c": 1.0}, "SSD": {}}
+    }
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -1,5 +1,6 @@
 """One forget rule's numbers: originals, retrained models and methods, as reports, loggers and pages read them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -193,10 +194,10 @@ def relearning(
 
 
 def one_per_kind(texts: Sequence[str], seeds: int) -> list[str]:
-    """One sentence per kind of trouble, with how many seeds it hit."""
+    """One sentence per kind of trouble, that of the first seed, with how many seeds it hit; numbers make no kind."""
     kinds: dict[str, list[str]] = {}
     for text in texts:
-        kinds.setdefault(text.split(":")[0].split("=")[0], []).append(text)
+        kinds.setdefault(re.sub(r"-?\d[\d.,e+-]*", "#", text), []).append(text)
     return [t[0] if t == [t[0]] * seeds else f"{t[0]} ({len(t)} of {seeds} seeds)" for t in kinds.values()]
 
 

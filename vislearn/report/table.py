@@ -194,7 +194,8 @@ def _row(
 ) -> dict[str, Any]:
     status = source.get("status", "done")
     error = source.get("error") or ""
-    notes = list(dict.fromkeys([*_listed(source.get("notes")), *_own_warnings(source.get("report"))]))
+    notes = list(dict.fromkeys(_listed(source.get("notes"))))
+    notes += [own for own in _own_warnings(source.get("report")) if not any(note.startswith(own) for note in notes)]
     flags = [str(flag) for flag in source.get("flags") or []]
     # what a method says of itself is a note; it does not make its numbers meaningless
     said = [flag for flag in flags if any(flag == note or flag.startswith(f"{note} (") for note in notes)]
