@@ -248,7 +248,8 @@ def settings_that_fit(weights: Weights, image_size: int) -> dict[str, Any]:
     """
     for arch in OWN:
         # the transformer's patches depend on the image size; the perceptron sees pixels times channels as one number
-        sizes = {"mlp": (1,), "vit_tiny_cifar": (8, 32) if image_size < 16 else (32, 8)}.get(arch, (image_size,))
+        patches = (8, 32) if image_size < 16 else (32, 8)  # of the two sizes of patches, that of these images first
+        sizes = {"mlp": (1,), "vit_tiny_cifar": patches, "vit_digits": patches}.get(arch, (image_size,))
         for i, size in enumerate(sizes):
             for norm in get_args(Norm) if arch in NORMED else ("batch",):
                 found = fit(weights, arch, norm, size)

@@ -221,7 +221,7 @@ class NetworkLearner(Learner):
     The network is built at once where its number of outputs is known, otherwise by `fill` or when training starts.
 
     Args:
-        arch: `resnet8` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
+        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
             timm knows.
         in_channels: channels of the images; by default the data's.
         image_size: pixels per side; by default the data's.
@@ -303,7 +303,7 @@ class Classifier(NetworkLearner):
     """A network that tells classes apart, trained with cross-entropy: logits (b, k) out.
 
     Args:
-        arch: `resnet8` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
+        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
             timm knows.
         num_classes: number of classes; by default the data's.
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
@@ -340,7 +340,7 @@ class Regressor(NetworkLearner):
     """A network that predicts values: (b,) out, or (b, k) with more than one output.
 
     Args:
-        arch: `resnet8` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
+        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
             timm knows.
         num_outputs: values per image.
         loss: what training minimises: `mse`, `l1`, or `huber`, which is squared below an error of 1 and linear above.

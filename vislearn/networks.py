@@ -242,7 +242,7 @@ class ViT(Network):
         patch = 2 if image_size < 16 else 4
         if image_size % patch:
             raise UserError(
-                f"vit_tiny_cifar cuts images into {patch}x{patch} patches, which {image_size} pixels cannot be; give "
+                f"this transformer cuts images into {patch}x{patch} patches, which {image_size} pixels cannot be; give "
                 f"an image_size that is a multiple of {patch}"
             )
         self.patch_embed = nn.Conv2d(in_channels, width, patch, patch)
@@ -294,6 +294,7 @@ OWN: dict[str, Callable[[int, int, int, Norm], Network]] = {
     "cnn": lambda k, c, s, norm: CNN(k, c, norm),
     "mlp": lambda k, c, s, norm: MLP(k, c, s),
     "vit_tiny_cifar": lambda k, c, s, norm: ViT(k, c, s),
+    "vit_digits": lambda k, c, s, norm: ViT(k, c, s, width=48, heads=3, depth=2),
 }
 NORMED = ("resnet8", "resnet20", "resnet18_cifar", "cnn")  # those that take another norm than their own
 
@@ -309,8 +310,8 @@ def build(
     """Build a network with new weights, drawn from torch's global generator.
 
     Args:
-        arch: `resnet8` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name
-            that timm knows.
+        arch: `resnet8` and `vit_digits` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`,
+            `mlp`, or any name that timm knows.
         num_outputs: outputs of the head.
         in_channels: channels of the images.
         image_size: pixels per side; matters to networks with a fixed input size.

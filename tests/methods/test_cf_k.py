@@ -64,7 +64,7 @@ def test_layers_count_from_the_output() -> None:
     assert last(model, 8)[0] == last(model, -1)[0] == {name for name, _ in model.named_parameters()}
     vit = learner("vit")
     assert last(vit, 1)[0] == HEAD
-    behind = {f"network.{name}.{p}" for name in ("blocks.5.mlp.2", "norm") for p in ("weight", "bias")}
+    behind = {f"network.{name}.{p}" for name in ("blocks.1.mlp.2", "norm") for p in ("weight", "bias")}
     assert last(vit, 2)[0] == HEAD | behind
 
 
