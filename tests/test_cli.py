@@ -277,8 +277,13 @@ def test_without_retrained_models_the_command_that_makes_one_is_said(
     ],
 )  # fmt: skip
 def test_a_fault_is_one_clear_line(
-    at_home: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
+    at_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    words: list[str],
 ) -> None:
+    monkeypatch.delenv("VISLEARN_DATA", raising=False)  # there are no data here
     Path("typo.yaml").write_text(RECIPE.replace("model:", "modle:"))
     Path("broken.yaml").write_text("model: {class_path: [")
     plan = "recipe: {data: Digits}\nforget: [{class_path: ClassForget, init_args: {classes: [3]}}]\n"
