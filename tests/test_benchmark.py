@@ -113,6 +113,7 @@ def test_tuned_settings_are_those_of_the_kind_of_forget_set(ran: Path) -> None:
     page = (ran / "artifacts" / "reports" / "small.html").read_text()
     assert "FineTune (tuned)" in page
     assert "SSD (paper default)" in page
+    assert '<span class="settings">paper default</span>' in page
 
 
 def test_a_model_that_did_not_change_is_called_identical(ran: Path) -> None:

@@ -223,7 +223,10 @@ def _sizes(sets: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _settings(row: Mapping[str, Any]) -> str:
-    """What a title adds to the name: "alpha=10" of "SSD (alpha=10)"."""
+    """Who chose the settings, or what a title adds to the name: "alpha=10" of "SSD (alpha=10)"."""
+    mark = row["source"].get("settings")
+    if mark in ("tuned", "paper default"):  # what was to be tuned may have kept its paper's settings
+        return str(mark)
     rest = str(row["title"]).removeprefix(str(row["name"])).strip()
     return rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
 
