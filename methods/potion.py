@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vislearn.data import ForgetDataModule
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Classifier, Learner
+from vislearn.preference import mean_over
 from vislearn.trainer import Trainer
 
 from .ssd import SSD, adaptive_percentile, pooled_ratios
@@ -207,13 +207,6 @@ def percentile_of_sorted(values: NDArray[np.floating[Any]], percentile: float) -
     return float(np.percentile(values[low : low + 2], 100 * (place - low)))
 
 
-@torch.no_grad()
 def accuracy(model: Learner, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Share of the rows of a loader that are answered with their label, in eval mode."""
-    device = next(model.parameters()).device
-    right, count = torch.zeros((), dtype=torch.int64, device=device), 0
-    with evaluation_mode(model):
-        for x, y in loader:
-            right += (model(x.to(device)).argmax(1) == y.to(device)).sum()
-            count += len(x)
-    return right.item() / count
+    return mean_over(model, loader, lambda outputs, y: outputs.argmax(1) == y)

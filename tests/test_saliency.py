@@ -80,6 +80,14 @@ OPTIMIZERS = {
 }
 
 
+def test_without_labels_the_squared_length_of_the_outputs_is_ranked() -> None:
+    model = Line()
+    with torch.no_grad():
+        model.map.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    unlabelled = [(x, None) for x, _ in ROWS]  # gradients of the mean of f^2: (1, 2), then (6, 6)
+    assert saliency.scores(model, unlabelled, labels=False)["map.weight"].tolist() == [[7.0, 8.0]]
+
+
 def test_the_score_is_the_size_of_the_summed_gradients_of_batch_means() -> None:
     found = saliency.scores(Line(), ROWS)
     assert found["map.weight"].tolist() == [[5.0, 4.0]]

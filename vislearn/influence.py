@@ -22,6 +22,7 @@ from .fisher import evaluation_mode
 from .learner import Learner
 from .method import UnlearningMethod
 from .per_sample import SampleLoss
+from .preference import mean_over
 
 ROWS = per_sample.ROWS  # rows of one forward pass at most
 GROUP = 10  # directions that share a forward pass at most
@@ -226,12 +227,9 @@ def conjugate_gradients(
     return Solution(x, done, math.sqrt(size / start) if start else 0.0, indefinite)
 
 
-@torch.no_grad()
 def mean_loss(model: nn.Module, loader: Iterable[Any], loss: SampleLoss) -> float:
     """Mean loss over the rows of a loader."""
-    with evaluation_mode(model):
-        values = [loss(model(x), y).double() for x, y in pieces(model, loader)]
-    return float(torch.cat(values).mean())
+    return mean_over(model, pieces(model, loader), loss)
 
 
 def judge(method: UnlearningMethod, model: Learner, y: Tensor, before: float, after: float, remedy: str) -> None:

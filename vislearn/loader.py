@@ -196,7 +196,10 @@ class JoinedSets:
     """One shuffled pass over several sets together; see `join_sets`."""
 
     def __init__(self, loader: Loader, sets: dict[str, Tensor]) -> None:
-        self.loader, self.sets = loader, sets
+        self.loader = loader
+        self.members = {name: torch.zeros(len(loader.targets), dtype=torch.bool) for name in sets}
+        for name, ids in sets.items():
+            self.members[name][ids] = True
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -204,7 +207,7 @@ class JoinedSets:
     def __iter__(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         chunks = self.loader._batches(self.loader.order(self.loader.epoch))
         for ids, (x, y) in zip(chunks, self.loader, strict=True):
-            inside = {name: torch.isin(ids, members).to(x.device) for name, members in self.sets.items()}
+            inside = {name: members[ids].to(x.device) for name, members in self.members.items()}
             yield {name: (x[rows], y[rows]) for name, rows in inside.items()}
 
     @property

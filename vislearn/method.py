@@ -139,7 +139,8 @@ class GradientMethod(UnlearningMethod, LightningModule):
         train_mode: False keeps dropout off and batch-norm statistics fixed while unlearning.
         optimizer: `sgd`, or `adam`, which adds weight decay to the gradient and has its own momentum.
         saliency: share of the weights that may change, in (0, 1]: those whose gradient on the forget set is largest
-            (the mask of SalUn, see :mod:`vislearn.saliency`); the others stay as they are, bit by bit.
+            (the mask of SalUn, see :mod:`vislearn.saliency`); the others stay as they are, bit by bit. Methods that
+            read no label take the gradient of the squared length of the outputs.
         grade: how much a step knows of the loss (see :mod:`vislearn.grades`): `first` takes the gradient, `zeroth`
             nothing but losses, `sign` and `few_bit` coarsen the step, `diagonal_second` divides it by the curvature,
             `hybrid` is first and zeroth in turn. Each needs a learning rate of its own: `zeroth` one that is 100 times
@@ -234,7 +235,7 @@ class GradientMethod(UnlearningMethod, LightningModule):
     def saliency_masks(self, model: Learner, data: ForgetDataModule) -> dict[str, Tensor]:
         """Parameter name -> True where the weight may change."""
         loader = data.loader("forget", train=False, batch_size=self.forget_batch_size)
-        return saliency.masks(saliency.scores(model, loader), self.saliency)
+        return saliency.masks(saliency.scores(model, loader, labels=self.labels), self.saliency)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .data import ForgetDataModule, Loader, zip_loaders
+from .distill import divergence
 from .errors import UserError
 from .fisher import evaluation_mode
 from .learner import Learner, full
@@ -57,20 +58,6 @@ def log_odds(outputs: Tensor, y: Tensor, sigma: float | None = None) -> Tensor:
         z = full(outputs)
         return z.gather(-1, y[:, None]).squeeze(-1) - z.scatter(-1, y[:, None], -math.inf).logsumexp(-1)
     return log_likelihood(outputs, y, sigma) - log_complement(outputs, y, sigma)
-
-
-def divergence(outputs_o: Tensor, outputs: Tensor, sigma: float | None = None) -> Tensor:
-    r"""Mean over rows of KL(original || unlearned) in nats; between normals :math:`(f_o - f)^2 / (2 \sigma^2)`.
-
-    Args:
-        outputs_o: what the original gives, of the shape of `outputs`.
-        outputs: logits (b, k), or values (b,) or (b, k).
-        sigma: standard deviation around the outputs; None for logits.
-    """
-    if sigma is None:
-        p, q = full(outputs_o).log_softmax(-1), full(outputs).log_softmax(-1)
-        return F.kl_div(q, p, reduction="batchmean", log_target=True)
-    return (full(outputs_o) - full(outputs)).square().mean() / (2 * sigma**2)
 
 
 class PreferenceMethod(GradientMethod):
@@ -169,7 +156,7 @@ class PreferenceMethod(GradientMethod):
         x, y = batch
         outputs = self(x)
         if self.retain == "kl":
-            return self.retain_weight * divergence(self.of_original(x), outputs, self.noise)
+            return self.retain_weight * divergence(self.model, self.of_original(x), outputs, sigma=self.noise or 1.0)
         return self.retain_weight * self.model.loss(outputs, y)
 
     @torch.no_grad()
@@ -206,7 +193,7 @@ class PreferenceMethod(GradientMethod):
 
 
 @torch.no_grad()
-def mean_over(model: Learner, loader: Iterable[Any], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+def mean_over(model: torch.nn.Module, loader: Iterable[Any], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
     """Mean over all rows of `measure(outputs, y)` (b,), in eval mode; flags of the modules stay as they are."""
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0

@@ -157,18 +157,25 @@ def carry_out(
     theta_o: Learner, data: ForgetDataModule, method: UnlearningMethod, trainer: Trainer, seed: int, cache: Cache
 ) -> tuple[Learner, ev.Subject]:
     """Prepare, unlearn and predict; the time is that of unlearning alone. `theta_o` may be edited."""
-    seed_unlearning(seed)
     trainer.add_callbacks(Progress(type(method).__name__))
+    unlearned, seconds = apply(theta_o, data, method, trainer, seed, cache)
+    predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
+    check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
+    return unlearned, ev.Subject(predictions, seed=seed, seconds=seconds, report=dict(method.report))
+
+
+def apply(
+    theta_o: Learner, data: ForgetDataModule, method: UnlearningMethod, trainer: Trainer, seed: int, cache: Cache
+) -> tuple[Learner, float]:
+    """Prepare and unlearn: the unlearned model, and the seconds of unlearning alone. `theta_o` may be edited."""
+    seed_unlearning(seed)
     with data.reading(method.needs):
         method.prepare(theta_o, data, cache)
         start = time.perf_counter()
         with interruptible(trainer):
             unlearned = method.unlearn(theta_o, data, trainer)
         synchronise(unlearned)
-        seconds = time.perf_counter() - start
-    predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
-    check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
-    return unlearned, ev.Subject(predictions, seed=seed, seconds=seconds, report=dict(method.report))
+        return unlearned, time.perf_counter() - start
 
 
 def seed_unlearning(seed: int) -> None:

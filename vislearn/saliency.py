@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .fisher import evaluation_mode
+from .fisher import evaluation_mode, squared_norm
 from .learner import Learner
 
 
-def scores(model: Learner, loader: Iterable[Any]) -> dict[str, Tensor]:
+def scores(model: Learner, loader: Iterable[Any], labels: bool = True) -> dict[str, Tensor]:
     """Saliency of every parameter: |sum over batches of the gradient of the batch's mean loss|, in eval mode.
 
     A short last batch weighs as much as a full one, as in the authors' code, so the scores depend on the batch size.
@@ -28,6 +28,7 @@ def scores(model: Learner, loader: Iterable[Any]) -> dict[str, Tensor]:
     Args:
         model: the original model; left as it is.
         loader: batches (x, y) of the forget set.
+        labels: False reads no y, and takes the squared length of the outputs in the place of the loss, as LFSSD does.
 
     Returns:
         Parameter name -> tensor of its shape, zero for frozen and unused parameters.
@@ -44,7 +45,8 @@ def scores(model: Learner, loader: Iterable[Any]) -> dict[str, Tensor]:
     batches = 0
     with evaluation_mode(model), torch.enable_grad():
         for x, y in loader:
-            value = model.loss(model(x.to(device)), y.to(device))
+            outputs = model(x.to(device))
+            value = model.loss(outputs, y.to(device)) if labels else squared_norm(outputs, y).mean()
             gradients = torch.autograd.grad(value, list(trainable.values()), allow_unused=True)
             for name, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None:

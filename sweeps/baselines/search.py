@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from joblib import Parallel, delayed
 from scipy.stats import qmc
 
 from vislearn import methods, runs
-from vislearn.benchmark import Resolver, with_rule
+from vislearn.benchmark import Resolver, lay_out, with_rule, write_jobs
 from vislearn.data import ForgetDataModule, batches
 from vislearn.errors import UserError
-from vislearn.jobs import Job, run_all
+from vislearn.jobs import run_all
 from vislearn.learner import Learner
 from vislearn.measure import channels_last, evaluating
 from vislearn.method import UnlearningMethod, scenario
@@ -40,7 +41,7 @@ from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.membership import entropy_attack
 from vislearn.plan import Plan, read_plan, shipped
 from vislearn.recipe import load_yaml
-from vislearn.store import Store, key, recipe
+from vislearn.store import Store
 from vislearn.trainer import DEFAULTS, Trainer
 
 HERE = Path(__file__).parent
@@ -97,29 +98,16 @@ class Bench:
 
     def __init__(self, plan: Plan, kind: str, store: Store, resolve: Resolver, originals: int, jobs: int) -> None:
         self.kind, self.store, self.resolve, self.plan = kind, store, resolve, plan
-        self.data_config = with_rule(plan.recipe["data"], RULES[kind])
-        full = resolve(**{**plan.recipe, "data": self.data_config})
-        self.config = full
-        plain = resolve(**plan.recipe)
-        self.originals = {seed: self.job(plain, seed) for seed in range(FIRST_SEED, FIRST_SEED + originals)}
-        self.retrained = {seed: self.job(full, seed) for seed in RETRAIN_SEEDS}
-        everything = [*self.originals.values(), *self.retrained.values()]
-        failed = [o for o in run_all(everything, store, workers=jobs) if o.error]
+        seeds = list(range(FIRST_SEED, FIRST_SEED + originals))
+        models = replace(plan, forget=[RULES[kind]], methods=[], seeds=seeds, retrain_seeds=list(RETRAIN_SEEDS))
+        sheet = lay_out(models, store, resolve)
+        write_jobs(sheet, store)
+        failed = [o for o in run_all(sheet.jobs, store, workers=jobs) if o.error]
         if failed:
             raise UserError(f"{failed[0].job.title}: {failed[0].error}")
-        self.data = resolve.data(full)
-        self.data.setup()
-        each = [numbers(runs.load_learner(store[j.key]), self.data) for j in self.retrained.values()]
+        self.data, self.originals = sheet.data[0], sheet.originals
+        each = [numbers(runs.load_learner(store[name]), self.data) for name in sheet.retrained[0].values()]
         self.target = {name: [e[name] for e in each] for name in each[0] if all(name in e for e in each)}
-
-    def job(self, config: Mapping[str, Any], seed: int) -> Job:
-        full = {**config, "seed_everything": seed}
-        name = key(recipe(full, "method"))
-        file = self.store.root / ".jobs" / f"{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = {k: v for k, v in full.items() if k in ("seed_everything", "model", "data", "trainer")}
-        file.write_text(yaml.safe_dump(kept, sort_keys=False))
-        return Job(("fit", "-c", str(file), "--store", str(self.store.root)), name, f"seed {seed}", 1.0)
 
     def trial(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """One method with one choice of settings, from every original: its gap, or why there is none."""
@@ -131,10 +119,10 @@ class Bench:
         gaps, found = [], []
         start = time.perf_counter()
         try:
-            config = self.resolve(**{**self.plan.recipe, "data": self.data_config,
+            config = self.resolve(**{**self.plan.recipe, "data": with_rule(self.plan.recipe["data"], RULES[self.kind]),
                                      "method": {"class_path": name, "init_args": dict(settings)}})  # fmt: skip
-            for seed, job in self.originals.items():
-                mine = self.unlearned(self.resolve.method(config["method"]), job, seed)
+            for seed, original in self.originals.items():
+                mine = self.unlearned(self.resolve.method(config["method"]), original, seed)
                 found.append(mine)
                 each = [abs(mine[k] - v) for k, values in self.target.items() if k in mine for v in values]
                 gaps.append(sum(each) / len(each))
@@ -144,20 +132,14 @@ class Bench:
         seconds = round((time.perf_counter() - start) / len(gaps), 2)
         return line | {"gap": round(float(np.mean(gaps)), 3), "seconds": seconds} | mean
 
-    def unlearned(self, method: UnlearningMethod, job: Job, seed: int) -> dict[str, float]:
-        model = runs.load_learner(self.store[job.key])
-        data = copy.copy(self.data)
+    def unlearned(self, method: UnlearningMethod, original: str, seed: int) -> dict[str, float]:
+        model = runs.load_learner(self.store[original])
         trainer = Trainer(**{**DEFAULTS, "accelerator": "cpu", "logger": False})
-        method.check(model, data)
-        made: dict[str, Any] = {}
-        runs.seed_unlearning(seed)
-        with data.reading(method.needs):
-            method.prepare(model, data, lambda name, make: made.setdefault(name, make()))
-            after = method.unlearn(model, data, trainer)
-        got = numbers(after, self.data)
+        method.check(model, self.data)
+        after, _ = runs.apply(model, copy.copy(self.data), method, trainer, seed, lambda name, make: make())
         if not all(torch.isfinite(p).all() for p in after.parameters()):
             raise UserError("diverged: a weight is not finite")
-        return got
+        return numbers(after, self.data)
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
         | {"methods": [{k: m[k] for k in KEPT if k in m} | {"gap": m["gap"].get("mean")} for m in rule["methods"]]}
         for rule in results["rules"]
     ]
-    return {k: results[k] for k in ("created", "command", "machine", "recipe", "seconds", "failures")} | {
+    return {k: results[k] for k in ("created", "command", "machine", "recipe", "failures")} | {
         "rules": rules
     }
 

@@ -388,6 +388,7 @@ def test_no_image_is_read_without_fine_tuning(recorded: Any) -> None:
     data = ready(RandomForget(0.1))
     with data.reading(()):
         subtract(recorded[0], recorded[1], data)
+    assert not data.read
 
 
 def test_most_of_the_training_gone_is_said(recorded: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_stream import quiet_trainer, taught
 from vislearn.methods.bad_teacher import BadTeacher
 
 from vislearn import distill
@@ -13,7 +14,6 @@ from vislearn.datamodules import Digits
 from vislearn.errors import UserError
 from vislearn.forget import ClassForget
 from vislearn.learner import Classifier, Learner, Regressor
-from vislearn.trainer import Trainer
 
 X_F, X_R = (torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 6))
 BATCH = {"forget": (X_F, None), "retain": (X_R, None)}
@@ -42,9 +42,7 @@ def digits(**kwargs: Any) -> Digits:
 
 def run(method: BadTeacher, model: Learner, data: Digits) -> Learner:
     torch.manual_seed(1)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False)  # fmt: skip
-    return method.unlearn(copy.deepcopy(model), data, trainer)
+    return method.unlearn(copy.deepcopy(model), data, quiet_trainer())
 
 
 def test_every_row_weighs_the_same_in_a_mixed_batch() -> None:
@@ -148,11 +146,7 @@ def test_the_untrained_teacher_knows_no_public_weights(monkeypatch: pytest.Monke
 def test_forgets_a_class_that_it_knew() -> None:
     data, model = digits(augment=False), ten(0)
     x, y = next(iter(data.loader("train", train=False, batch_size=2000)))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model.loss(model(x), y).backward()
-        optimizer.step()
+    taught(model, x, y)
     after = run(BadTeacher(epochs=10, lr=3e-3, batch_size=64), model, data)
 
     def confidence(learner: Learner, rows: Tensor) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_stream import quiet_trainer, taught
 from vislearn.methods.bidirectional import BidirectionalDistillation, lowered
 
 from vislearn import distill
@@ -13,7 +14,6 @@ from vislearn.datamodules import Digits
 from vislearn.errors import UserError
 from vislearn.forget import ClassForget, RandomForget
 from vislearn.learner import Classifier, Learner
-from vislearn.trainer import Trainer
 
 Y_F = torch.tensor([3, 1])
 X_F, X_R = (torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 5))
@@ -78,20 +78,14 @@ def digits(forget: Any = None) -> Digits:
 
 def run(method: BidirectionalDistillation, model: Learner, data: Digits) -> Learner:
     torch.manual_seed(1)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False)  # fmt: skip
-    return method.unlearn(copy.deepcopy(model), data, trainer)
+    return method.unlearn(copy.deepcopy(model), data, quiet_trainer())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_forgets_a_class_that_it_knew_in_each_direction(beta: float) -> None:
     data, model = digits(), learner()
     x, y = next(iter(data.loader("train", train=False, batch_size=2000)))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model.loss(model(x), y).backward()
-        optimizer.step()
+    taught(model, x, y)
     method = BidirectionalDistillation(beta=beta)
     after = run(method, model, data)
     right = (after(x).argmax(1) == y).double()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from toy_stream import quiet_trainer, taught
 from vislearn.methods.delete import DELETE, masked_distillation
 
 from vislearn.datamodules import Digits
 from vislearn.forget import ClassForget, Forget, RandomForget
 from vislearn.learner import Classifier, Learner
-from vislearn.trainer import Trainer
 
 
 def test_loss_by_hand() -> None:
@@ -64,19 +64,12 @@ def known(data: Digits) -> tuple[Learner, Any, Any]:
     torch.manual_seed(0)
     model = Classifier(arch="mlp", num_classes=10, in_channels=1, image_size=8)
     x, y = next(iter(data.loader("train", train=False, batch_size=2000)))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model.loss(model(x), y).backward()
-        optimizer.step()
-    return model, x, y
+    return taught(model, x, y), x, y
 
 
 def run(method: DELETE, model: Learner, data: Digits) -> Learner:
     torch.manual_seed(1)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False)  # fmt: skip
-    return method.unlearn(copy.deepcopy(model), data, trainer)
+    return method.unlearn(copy.deepcopy(model), data, quiet_trainer())
 
 
 def test_forgets_a_class_and_keeps_the_others_without_seeing_them() -> None:

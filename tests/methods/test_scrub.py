@@ -6,18 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_stream import quiet_trainer, taught
 from vislearn.methods.scrub import SCRUB, SCRUBR, class_shares, error, linear_rate, rewind_epoch, step_rate
 
 from vislearn.datamodules import Digits
 from vislearn.errors import UserError
 from vislearn.forget import ClassForget, RandomForget
 from vislearn.learner import Classifier, Learner, Regressor
-from vislearn.trainer import Trainer
-
-
-def trainer() -> Trainer:
-    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                   enable_model_summary=False)  # fmt: skip
 
 
 def digits(forget: Any = None, **kwargs: Any) -> Digits:
@@ -62,7 +57,7 @@ class Watched(SCRUB):
 
 def run(method: SCRUB, model: Learner | None = None, data: Digits | None = None) -> Learner:
     torch.manual_seed(1)
-    return method.unlearn(copy.deepcopy(model or learner()), data or digits(), trainer())
+    return method.unlearn(copy.deepcopy(model or learner()), data or digits(), quiet_trainer())
 
 
 def test_the_first_step_on_the_forget_set_has_no_gradient() -> None:
@@ -112,11 +107,7 @@ def test_the_step_after_the_turn_uses_the_momentum_of_the_step_before() -> None:
 def test_forgets_a_class_that_it_knew_and_keeps_the_others() -> None:
     data, model = digits(val_fraction=0.2), learner()
     x, y = next(iter(data.loader("train", train=False, batch_size=2000)))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model.loss(model(x), y).backward()
-        optimizer.step()
+    taught(model, x, y)
     method = SCRUB(lr=0.002, epochs=6, msteps=3, alpha=0.1, batch_size=64, forget_batch_size=32)
     after = run(method, model, data)
     rows = {name: data.loader(name, train=False) for name in ("forget", "retain")}
@@ -165,7 +156,7 @@ def test_the_share_of_the_retain_set_is_drawn_once() -> None:
 
 
 def test_a_method_and_a_trainer_can_be_used_again() -> None:
-    method, data, model, shared = SCRUB(epochs=2, batch_size=64), digits(), learner(), trainer()
+    method, data, model, shared = SCRUB(epochs=2, batch_size=64), digits(), learner(), quiet_trainer()
     found = []
     for _ in range(2):
         torch.manual_seed(1)

@@ -2,12 +2,13 @@
 
 import torch
 from torch import nn
+from toy_stream import Wrapped
 from vislearn.methods.bad_teacher import BadTeacher
 
 from vislearn.metrics.accuracy import accuracy
 
 from .harness import Case, of_kind
-from .test_scrub import Given, Says
+from .test_scrub import Says
 
 
 @of_kind("metrics_and_bad_teacher_loss")
@@ -18,9 +19,9 @@ def test_loss_of_the_benchmark(case: Case) -> None:
         if not name.startswith("bad_teacher_loss_T"):
             continue
         method = BadTeacher(temperature=float(name.removeprefix("bad_teacher_loss_T")), class_mean=True)
-        method.model = Given(nn.Identity())
-        method.incompetent = Given(Says(case["incompetent_teacher_logits"][forget]))
-        method.original = Given(Says(case["full_teacher_logits"][~forget]))
+        method.model = Wrapped(nn.Identity())
+        method.incompetent = Wrapped(Says(case["incompetent_teacher_logits"][forget]))
+        method.original = Wrapped(Says(case["full_teacher_logits"][~forget]))
         batch = {"forget": (student[forget], None), "retain": (student[~forget], None)}
         case.close("all", method.training_step(batch, 0), value, name)
 
@@ -29,9 +30,9 @@ def test_loss_of_the_benchmark(case: Case) -> None:
 def test_training_of_the_corrective_benchmark(case: Case) -> None:
     h, expected = case.meta["hyperparameters"], case.meta["expected"]["BadT"]
     method = BadTeacher(class_mean=True, optimizer="sgd", lr=h["lr"], weight_decay=5e-4, retain_fraction=1.0)
-    method.model = Given(case.network())
-    method.original = Given(case.network().eval()).requires_grad_(False)
-    method.incompetent = Given(case.network("badt_random_teacher/").eval()).requires_grad_(False)
+    method.model = Wrapped(case.network())
+    method.original = Wrapped(case.network().eval()).requires_grad_(False)
+    method.incompetent = Wrapped(case.network("badt_random_teacher/").eval()).requires_grad_(False)
     method.masks = None
     method.model.train()
     x, order = torch.cat([case["x_retain"], case["x_forget"]]), case["mixed_order"]

@@ -4,29 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from toy_stream import Wrapped
 from vislearn.methods.jit import JiT
 
 from vislearn.datamodules import Digits
 from vislearn.forget import ClassForget
-from vislearn.learner import Learner
 from vislearn.trainer import Trainer
 
 from .harness import Case, of_kind
 
 
-class Stored(Learner):
-    """A case's network."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    features = forward
+class Stored(Wrapped):
+    """A case's network; its loss is not to be asked for."""
 
     def loss(self, outputs: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         raise AssertionError("no label is read")

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningDataModule
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+from toy_stream import Wrapped
 from vislearn.methods.random_labels import OneAfterTheOther
 from vislearn.methods.salun import SalUn
 
@@ -15,23 +15,6 @@ from vislearn.learner import Learner
 from vislearn.trainer import Trainer
 
 from .harness import Case, of_kind, rows
-
-
-class Wrapped(Learner):
-    """A network of a case as a learner."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def loss(self, outputs: Tensor, y: Tensor, reduction: Any = "mean") -> Tensor:
-        return F.cross_entropy(outputs, y, reduction=reduction)
 
 
 class AsAsked(LightningDataModule):

@@ -4,33 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_stream import Wrapped
 from vislearn.methods.scrub import SCRUB, linear_rate, rewind_epoch
 
 from vislearn import distill
 from vislearn.data import ForgetDataModule, Labels, Memory
-from vislearn.learner import Learner
 from vislearn.metrics.accuracy import accuracy
 from vislearn.trainer import Trainer
 
 from .harness import Case, of_kind, rows
-
-
-class Given(Learner):
-    """A network of a case as a learner."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    features = forward
-
-    def loss(self, outputs: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        return F.cross_entropy(outputs, y, reduction=reduction)
 
 
 class Says(nn.Module):
@@ -95,7 +78,7 @@ class Watched(SCRUB):
 
 
 def run(case: Case, start: nn.Module, teacher: nn.Module, **options: Any) -> tuple[Watched, nn.Module]:
-    method, model = Watched(teacher, **options), Given(start)
+    method, model = Watched(teacher, **options), Wrapped(start)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False)  # fmt: skip
     method.unlearn(model, Sequential(case, 4), trainer)
@@ -126,7 +109,7 @@ def test_losses_and_their_gradients(case: Case) -> None:
         case.close("value", mine, value, t)
         case.close("grad", torch.autograd.grad(mine, student)[0], case[f"kl_grad_T{float(t):g}"], t)
     method = SCRUB(gamma=h["gamma"], alpha=h["alpha"], temperature=h["T"])
-    method.model, method.original = Given(nn.Identity()), Given(Says(teacher))
+    method.model, method.original = Wrapped(nn.Identity()), Wrapped(Says(teacher))
     climb, back = (method.training_step((name, (student, y)), 0) for name in ("forget", "retain"))
     case.close("value", climb, expected["max_step_loss"])
     case.close("value", back, expected["min_step_loss"])
