@@ -54,7 +54,7 @@ class Amnesiac(GradientMethod):
 
     def check(self, model: Learner, data: ForgetDataModule) -> None:
         super().check(model, data)
-        targets = data.labels(train=True).targets
+        targets = data.observed(train=True).targets
         left = targets[data.ids("retain")].unique()
         if len(left) == 1 and (targets[data.ids("forget")] == left).any():
             raise UserError("Amnesiac draws wrong labels from the classes that are retained, and the only one left is "

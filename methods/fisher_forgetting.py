@@ -131,7 +131,7 @@ class FisherForgetting(UnlearningMethod):
             std_median=float(every.median().sqrt()), std_max=float(every.max().sqrt()),
             capped=float((found + 1e-8 < 1 / self.cap).double().mean()),
         )  # fmt: skip
-        y = data.labels(train=True).targets[retain].to(every.device)
+        y = data.observed(train=True).targets[retain].to(every.device)
         influence.judge(self, model, y, before, influence.mean_loss(model, loader, loss),
                         f"try a smaller --method.alpha than {self.alpha:g}")  # fmt: skip
         return model
@@ -165,7 +165,7 @@ class FisherForgetting(UnlearningMethod):
 
     def zeroed(self, data: ForgetDataModule) -> list[int]:
         """The rows of the last layer that start from 0."""
-        forget, classes = data.ids("forget"), len(data.labels(train=True).classes)
+        forget, classes = data.ids("forget"), len(data.observed(train=True).classes)
         whole = scenario(data) == "class"
         if self.class_row == "never" or not classes:
             return []
@@ -174,7 +174,7 @@ class FisherForgetting(UnlearningMethod):
                 return []
             if not whole:
                 return [classes - 1]  # their index is then -1
-        return data.labels(train=True).targets[forget].unique().tolist() if whole else []
+        return data.observed(train=True).targets[forget].unique().tolist() if whole else []
 
 
 def expected_fisher(

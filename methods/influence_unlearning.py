@@ -106,7 +106,7 @@ class InfluenceUnlearning(UnlearningMethod):
         step = self.alpha * self.solve(model, loader, v, len(rows))
         influence.take(self, parameters, step, f"try a larger --method.alpha than {self.alpha:g}")
         self.report.update(alpha=self.alpha, solver=self.solver, rows=len(rows), direction=float(v.norm()))
-        y = data.labels(train=True).targets[rows].to(step.device)
+        y = data.observed(train=True).targets[rows].to(step.device)
         influence.judge(self, model, y, before, influence.mean_loss(model, loader, loss),
                         f"try a smaller --method.alpha than {self.alpha:g}")  # fmt: skip
         return model

@@ -68,7 +68,7 @@ class ROCR(UnlearningMethod):
         if not isinstance(model.head, nn.Linear):
             raise UserError(f"ROCR edits a linear head, and this network ends in {type(model.head).__name__}; use for "
                             "example --model.arch=resnet20")  # fmt: skip
-        forgotten = data.labels(train=True).targets[data.ids("forget")].unique()
+        forgotten = data.observed(train=True).targets[data.ids("forget")].unique()
         self.redirect(forgotten, torch.zeros(len(forgotten), model.head.out_features), data)
 
     def unlearn(self, model: Learner, data: ForgetDataModule, trainer: Trainer) -> Learner:
@@ -102,7 +102,7 @@ class ROCR(UnlearningMethod):
         Raises:
             UserError: there is no such class, or it is one that is forgotten.
         """
-        names = data.labels(train=True).classes
+        names = data.observed(train=True).classes
         if self.target is not None:
             number = int(codes([self.target], names, "--method.target")[0])
             if number in forgotten.tolist():

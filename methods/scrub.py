@@ -222,7 +222,7 @@ class SCRUBR(SCRUB):
         try:
             self._keep(model)
             model = super().unlearn(model, data, trainer)
-            targets = data.labels(train=True).targets
+            targets = data.observed(train=True).targets
             shares = class_shares(targets[data.ids("forget")]) if model.is_classifier else None
             aim = error(model, data.loader(rows, train=False), shares)
             epoch = rewind_epoch(self.errors, aim)
@@ -245,7 +245,7 @@ class SCRUBR(SCRUB):
     def _alike(self, data: ForgetDataModule) -> Tensor:
         """(m,) validation rows of the kind that is forgotten."""
         rows = data.indices.get("val_forget", data.ids("val"))
-        labels = data.labels(train=True)
+        labels = data.observed(train=True)
         if labels.classes:
             rows = rows[torch.isin(labels.targets[rows], labels.targets[data.ids("forget")].unique())]
         if not len(rows):

@@ -165,7 +165,7 @@ class SSD(UnlearningMethod):
         ids = ids.sort().values
         if self.order == "id":
             return ids
-        targets = data.labels(train=True).targets[ids]
+        targets = data.observed(train=True).targets[ids]
         return ids if targets.is_floating_point() else ids[targets.argsort(stable=True)]
 
     def _keeps_classes(self, model: Learner, data: ForgetDataModule) -> bool:
@@ -182,7 +182,7 @@ class SSD(UnlearningMethod):
 
     def _whole_class(self, data: ForgetDataModule) -> int | None:
         """The class whose training rows are the forget set, all of them and no others."""
-        targets = data.labels(train=True).targets
+        targets = data.observed(train=True).targets
         forget, train = data.indices["forget"], data.indices["train"]
         number = targets[forget[0]]
         whole = train[targets[train] == number]

@@ -87,7 +87,7 @@ class UNSIR(UnlearningMethod):
     def unlearn(self, model: Learner, data: ForgetDataModule, trainer: Trainer) -> Learner:
         self.report.clear()
         kept = self.retained(data)
-        classes = data.labels(train=True).targets[data.ids("forget")].unique().tolist()
+        classes = data.observed(train=True).targets[data.ids("forget")].unique().tolist()
         steps = self.steps or (25 if scenario(data) == "class" else 250)
         shape = next(iter(data.loader(kept[:1], train=False)))[0].shape[1:]
         sought = [self.noise(model, label, shape, steps) for label in classes]
@@ -134,7 +134,7 @@ class UNSIR(UnlearningMethod):
 
     def retained(self, data: ForgetDataModule) -> Tensor:
         """Row numbers of the retained rows that are shown, sorted."""
-        ids, labels = data.ids("retain"), data.labels(train=True)
+        ids, labels = data.ids("retain"), data.observed(train=True)
         kinds = [labels.targets[ids]]
         if isinstance(data.forget, GroupForget):
             kinds.append(labels.attributes[data.forget.attribute][0][ids])

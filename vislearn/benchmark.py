@@ -83,6 +83,7 @@ class Sheet:
     jobs: list[Job] = field(default_factory=list)
     originals: dict[int, str] = field(default_factory=dict)  # seed -> key
     retrained: dict[int, dict[int, str]] = field(default_factory=dict)  # rule -> seed -> key
+    clean: dict[int, str] = field(default_factory=dict)  # seed -> key: trained without the recipe's manipulation
     unlearned: dict[tuple[int, int], dict[int, str]] = field(default_factory=dict)  # (rule, method) -> seed -> key
     measured: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # (rule, model) -> keys of what was found
     rows: list[Row] = field(default_factory=list)
@@ -119,6 +120,13 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
     full = resolve(**base)
     for seed in plan.seeds:
         sheet.originals[seed] = job("fit", f"original, seed {seed}", length, full, seed_everything=seed)
+    manipulation = resolve.data(full).manipulation
+    if manipulation is not None and manipulation.knows_truth:
+        without = resolve(**{**base, "data": with_arguments(base["data"], clean=True)})
+        sheet.clean = {
+            seed: job("fit", f"clean, seed {seed}", length, without, seed_everything=seed)
+            for seed in plan.retrain_seeds
+        }
     methods, tuned = [read_method(m) for m in plan.methods], Tuned(plan.tuned)
     model = resolve.model(full)
     for i, rule in enumerate(plan.forget):
@@ -181,9 +189,13 @@ def measuring(sheet: Sheet, rule: int, config: Mapping[str, Any], tier: ev.Tier,
 
 def with_rule(data: Any, rule: Any) -> dict[str, Any]:
     """The data configuration with a forget rule."""
+    return with_arguments(data, forget={"class_path": rule} if isinstance(rule, str) else rule)
+
+
+def with_arguments(data: Any, **arguments: Any) -> dict[str, Any]:
+    """The data configuration with other arguments."""
     data = {"class_path": data} if isinstance(data, str) else dict(data)
-    rule = {"class_path": rule} if isinstance(rule, str) else rule
-    return {**data, "init_args": {**(data.get("init_args") or {}), "forget": rule}}
+    return {**data, "init_args": {**(data.get("init_args") or {}), **arguments}}
 
 
 def headline(name: str, method: Mapping[str, Any]) -> str:
@@ -270,7 +282,8 @@ def gather(
                 entry |= {"status": "diverged" if "diverged" in error else "failed", "error": error}
             methods.append(entry)
         facts = rule_facts(sheet.data[i]) | {"config": config["data"]["init_args"]["forget"]}
-        rule = compare(facts, originals, retrained, methods, sheet.data[i], pools.get((i, None)))
+        clean = subjects(i, sheet.clean)
+        rule = compare(facts, originals, retrained, methods, sheet.data[i], pools.get((i, None)), clean)
         missing = len(plan.retrain_seeds) - len(retrained)
         if missing:
             rule["warnings"].append(
@@ -387,9 +400,7 @@ def main(argv: Sequence[str]) -> int:
     plan.evaluation = options.evaluation or plan.evaluation
     plan.shadows = options.shadows or plan.shadows
     if options.root:
-        data = plan.recipe["data"]
-        data = {"class_path": data} if isinstance(data, str) else data
-        plan.recipe["data"] = {**data, "init_args": {**(data.get("init_args") or {}), "root": options.root}}
+        plan.recipe["data"] = with_arguments(plan.recipe["data"], root=options.root)
     store = Store(Path(options.store))
     resolve = Resolver()
     sheet = lay_out(plan, store, resolve)

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import evaluation as ev
 from .data import ForgetDataModule
+from .measures.corrective import against_clean
 from .measures.membership import uninformative
 from .metrics.gap import over_pairs
 from .metrics.relearn import anamnesis
@@ -21,6 +22,7 @@ def compare(
     methods: Sequence[Mapping[str, Any]],
     data: ForgetDataModule | None = None,
     pools: Mapping[str, Any] | None = None,
+    clean: Sequence[ev.Subject] = (),
 ) -> dict[str, Any]:
     """All numbers of one forget rule, as the report reads them.
 
@@ -32,6 +34,7 @@ def compare(
             anything that the report should carry along}.
         data: what pair measures of the dearer tiers read their rows from.
         pools: shadow models that every model is asked about with, by the names of their measures.
+        clean: models trained on the rows as they were before a manipulation.
     """
     sets = {k: v for k, v in facts["sets"].items() if k != "train" and len(v)}
     benches = Benches(sets, originals, data)
@@ -42,6 +45,8 @@ def compare(
         "original": ev.reference(originals, benches.of(originals), retrained),
         "retrained": ev.reference(retrained, benches.of(retrained)),
     }
+    if clean:
+        out["models"]["clean"] = ev.reference(clean, benches.of(clean), retrained)
     apart = ev.floor_to_retrained(retrained, benches.first)
     out["floor_to_retrained"] = apart["numbers"]
     out["models"]["retrained"]["curves"] |= apart["curves"]
@@ -56,8 +61,13 @@ def compare(
         )
         out["warnings"].append(out["floor_note"])
     out["methods"] = [entry(m, retrained, out["models"]["retrained"]["metrics"], benches) for m in methods]
-    for name, reference in out["models"].items():
-        add_pools(reference, [m["reference"][name] for m in out["methods"] if m["reference"]])
+    for name in ("original", "retrained"):
+        add_pools(out["models"][name], [m["reference"][name] for m in out["methods"] if m["reference"]])
+    groups = {"original": originals, "retrained": retrained, "clean": clean}
+    pairs = [(out["models"][name], group) for name, group in groups.items() if group]
+    pairs += [(m, given.get("subjects", ())) for m, given in zip(out["methods"], methods, strict=True)]
+    for numbers, subjects in pairs if clean else ():
+        numbers["metrics"].update(against_clean(subjects, benches.of(subjects), clean))
     out["floor"] = ev.floors(out["models"]["retrained"]["metrics"])
     return out
 

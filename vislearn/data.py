@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from .augment import Augment
 from .errors import UserError
-from .forget import Forget, HoldOut, Labels, checked
+from .forget import Forget, HoldOut, Labels, Manipulated, checked
 from .loader import Loader, ZippedLoaders, batches, zip_loaders
+from .manipulation import Image, Manipulation, Stamp
 from .sources import Files, Memory, Source, sha256
 
 __all__ = [
@@ -33,7 +35,8 @@ __all__ = [
     "zip_loaders",
 ]
 
-SetName = Literal["train", "val", "test", "forget", "retain", "val_forget", "val_retain", "test_forget", "test_retain"]
+SetName = Literal["train", "val", "test", "forget", "retain", "val_forget", "val_retain", "test_forget", "test_retain",
+                  "manipulated", "unidentified", "triggered", "test_affected", "test_unaffected"]  # fmt: skip
 
 
 class ForgetDataModule(LightningDataModule, ABC):
@@ -67,6 +70,10 @@ class ForgetDataModule(LightningDataModule, ABC):
             such as shadow models; none by default.
         train_rows: use only so many rows of the official training split, validation set included, drawn by
             `split_seed`; by default all. The test set stays whole.
+        manipulation: what spoils a part of D before anything is trained on it, for example Backdoor; the forget rule
+            IdentifiedForget names the spoiled rows that are known.
+        clean: train on the rows as they were before the manipulation, and evaluate like all other models: the model
+            that corrective unlearning would like to get back.
     """
 
     name: str  # type: ignore[assignment] # Lightning's is None until it is set
@@ -88,6 +95,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         augment: bool = True,
         hold_out: HoldOut | None = None,
         train_rows: int | None = None,
+        manipulation: Manipulation | None = None,
+        clean: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -100,7 +109,14 @@ class ForgetDataModule(LightningDataModule, ABC):
             )
         if train_rows is not None and train_rows < 2:
             raise UserError(f"train_rows must be at least 2, not {train_rows}; without --data.train_rows all are used")
+        if clean and manipulation is None:
+            raise UserError("clean=true undoes a manipulation, and there is none; leave it out (--data.clean)")
+        if clean and forget is not None:
+            raise UserError("clean=true trains the model that nothing has to be forgotten of; leave out --data.forget")
+        if clean and manipulation is not None and not manipulation.knows_truth:
+            raise UserError("clean=true needs the labels before the manipulation; give --data.manipulation.truth=FILE")
         self.name, self.train_rows = type(self).__name__, train_rows
+        self.manipulation, self.clean = manipulation, clean
         self.batch_size, self.num_workers, self.augment = batch_size, num_workers, augment
         self.val_fraction, self.split_seed, self.forget = val_fraction, split_seed, forget
         self.hold_out = hold_out
@@ -110,6 +126,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         self._allowed: frozenset[str] | None = None
         self._device: torch.device | str = "cpu"
         self._sources: dict[bool, Source] = {}
+        self._manipulated: Manipulated | None = None
+        self._observed: Labels | None = None
 
     @abstractmethod
     def source(self, train: bool) -> Source:
@@ -117,7 +135,24 @@ class ForgetDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def labels(self, train: bool) -> Labels:
-        """The labels of an official split, in the order of `source`."""
+        """The labels of an official split, in the order of `source`; of a manipulation they know nothing."""
+
+    def observed(self, train: bool) -> Labels:
+        """The labels of an official split as training and methods see them: with those that a manipulation made."""
+        if not train or self.manipulation is None:
+            return self.labels(train)
+        self.setup()
+        assert self._observed is not None
+        return self._observed
+
+    def is_manipulated(self, ids: Tensor) -> Tensor:
+        """(k,) bool, which of these rows of the official training split were spoiled."""
+        return torch.isin(ids, self.indices.get("manipulated", ids[:0]))
+
+    def truth(self) -> Tensor:
+        """(n,) labels of the official training split before the manipulation."""
+        labels = self.labels(train=True)
+        return labels.targets if self.manipulation is None else self.manipulation.truth(labels)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the sets; a second call changes nothing."""
@@ -135,6 +170,9 @@ class ForgetDataModule(LightningDataModule, ABC):
             train, val = self.hold_out.divide(train, val)
             self.held_out = order[~torch.isin(order, torch.cat([train, val]))].sort().values
         sets = {"train": train, "val": val, "test": torch.arange(len(test_labels)), "retain": train}
+        if self.manipulation is not None:
+            labels = self._spoil(labels, train)
+            sets |= self._spoiled_sets(test_labels)
         if self.forget is not None:
             forget = checked(self.forget, self.forget.indices(labels, train), train, n)
             sets |= {"forget": forget, "retain": train[~torch.isin(train, forget)]}
@@ -143,7 +181,46 @@ class ForgetDataModule(LightningDataModule, ABC):
                 if mask is not None:
                     parts = {"forget": sets[name][mask[sets[name]]], "retain": sets[name][~mask[sets[name]]]}
                     sets |= {f"{name}_{part}": ids for part, ids in parts.items() if len(ids)}
+            if "manipulated" in sets:
+                unknown = sets["manipulated"][~torch.isin(sets["manipulated"], forget)]
+                sets |= {"unidentified": unknown} if len(unknown) else {}
         self.indices = sets
+
+    def _spoil(self, labels: Labels, train: Tensor) -> Labels:
+        """The labels of the training split after the manipulation."""
+        assert self.manipulation is not None
+        self._manipulated = self.manipulation.draw(labels, train)
+        targets = labels.targets.clone()
+        targets[self._manipulated.rows] = self._manipulated.targets.to(targets.dtype)
+        self._observed = replace(labels, targets=targets, manipulated=self._manipulated)
+        self._stamp(None)  # a stamp that does not fit is refused before anything is trained
+        return self._observed
+
+    def _spoiled_sets(self, test_labels: Labels) -> dict[str, Tensor]:
+        """The sets that a manipulation makes: spoiled rows, stamped test images, test rows that it harms or not."""
+        assert self.manipulation is not None
+        assert self._manipulated is not None
+        sets = {"manipulated": self._manipulated.rows.sort().values}
+        if self.manipulation.stamps:
+            sets["triggered"] = torch.arange(len(test_labels))
+        harmed = self.manipulation.domain(test_labels)
+        if harmed is not None:
+            sets |= {"test_affected": harmed.nonzero().flatten(), "test_unaffected": (~harmed).nonzero().flatten()}
+        return sets
+
+    def _stamp(self, rows: Tensor | None) -> Stamp | None:
+        """What the manipulation writes into the images of these rows, (n,) bool; None for all."""
+        assert self.manipulation is not None
+        if self.manipulation.stamps and not self.mean:
+            raise UserError(f"{type(self.manipulation).__name__} writes into images, and {self.name} has none; choose "
+                            "another manipulation, such as --data.manipulation=LabelNoise")  # fmt: skip
+        return self.manipulation.stamp(Image(self.image_size, self.mean, self.std, self._largest), rows)
+
+    def _largest(self) -> float:
+        """The largest value of a normalised training image; of images in files, that of a white pixel."""
+        source = self._source(train=True)
+        largest = source.rows.amax(dim=(0, 2, 3)).cpu() / 255 if isinstance(source, Memory) else torch.ones(1)
+        return float(((largest - torch.tensor(self.mean)) / torch.tensor(self.std)).max())
 
     def loader(
         self,
@@ -164,14 +241,19 @@ class ForgetDataModule(LightningDataModule, ABC):
         Raises:
             UserError: when the set does not exist or is empty.
         """
-        test = held_out if isinstance(name, Tensor) else name.startswith("test")
+        triggered = isinstance(name, str) and name == "triggered"
+        test = held_out if isinstance(name, Tensor) else name.startswith("test") or triggered
         self._check_reading(name, held_out)
         ids = name if isinstance(name, Tensor) else self.ids(name)
         if len(ids) == 0:
             raise UserError("a loader needs at least one row")
+        before = self.clean and train and not test  # as the rows were before the manipulation
+        stamp = None
+        if self.manipulation is not None and self.manipulation.stamps and (triggered or not (test or before)):
+            stamp = self._stamp(None if triggered else self._spoiled_rows())
         return Loader(
             self._source(train=not test),
-            self.labels(train=not test).targets,
+            self.truth() if before else self.observed(train=not test).targets,
             ids,
             batch_size or self.batch_size,
             self.mean,
@@ -180,7 +262,16 @@ class ForgetDataModule(LightningDataModule, ABC):
             augment=self.augmentation if train and self.augment else None,
             seed=int(torch.randint(2**62, ())) if train else 0,
             num_workers=self.num_workers,
+            stamp=stamp,
         )
+
+    def _spoiled_rows(self) -> Tensor:
+        """(n,) bool, the rows of the training split that the manipulation spoiled."""
+        assert self._observed is not None
+        assert self._manipulated is not None
+        rows = torch.zeros(len(self._observed), dtype=torch.bool)
+        rows[self._manipulated.rows] = True
+        return rows
 
     @contextmanager
     def reading(self, names: Iterable[str]) -> Iterator[None]:
@@ -241,10 +332,14 @@ class ForgetDataModule(LightningDataModule, ABC):
     def arrays(self, name: SetName | str) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """A set for scikit-learn: (n, d) float32 features, for images pixels in [0, 1], and (n,) targets."""
         self._check_reading(name, held_out=False)
+        if self.manipulation is not None and self.manipulation.stamps:
+            raise UserError("rows for scikit-learn carry no stamp; choose another --data.manipulation than "
+                            f"{type(self.manipulation).__name__}, for example LabelNoise")  # fmt: skip
         ids, train = self.ids(name), not name.startswith("test")
         rows = self._source(train).batch(ids).cpu()
         x = rows if rows.is_floating_point() else rows.to(torch.float32) / 255
-        return x.flatten(1).numpy(), self.labels(train).targets[ids].numpy()
+        targets = self.truth() if train and self.clean else self.observed(train).targets
+        return x.flatten(1).numpy(), targets[ids].numpy()
 
     def fingerprint(self) -> str:
         """sha256 of the data set: images and labels of both official splits."""
@@ -252,6 +347,11 @@ class ForgetDataModule(LightningDataModule, ABC):
         for train in (True, False):
             labels = self.labels(train)
             whole.update(f"{self.source(train).digest()} {sha256(labels.targets)} {labels.classes}\n".encode())
+        if self.manipulation is not None:
+            self.setup()
+            assert self._manipulated is not None
+            spoiled = sha256(self._manipulated.rows, self._manipulated.targets)
+            whole.update(f"{self.manipulation.fingerprint()} {spoiled}\n".encode())
         return whole.hexdigest()
 
     def split(self) -> dict[str, Any]:

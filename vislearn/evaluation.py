@@ -16,7 +16,20 @@ from safetensors.torch import load_file, save_file
 from . import progress
 from .data import ForgetDataModule, batches
 from .learner import Learner
-from .measure import SPLITS, Bench, Column, Found, Measure, Predictions, Sets, Subject, Tier, channels_last, evaluating
+from .measure import (
+    OUTPUTS,
+    SPLITS,
+    Bench,
+    Column,
+    Found,
+    Measure,
+    Predictions,
+    Sets,
+    Subject,
+    Tier,
+    channels_last,
+    evaluating,
+)
 from .measures import MEASURES, column, graphs
 from .measures.sets import set_metrics
 from .metrics.accuracy import accuracy, per_class_accuracy
@@ -28,12 +41,12 @@ __all__ = ["SPLITS", "Bench", "Column", "Found", "Predictions", "Sets", "Subject
 
 @torch.inference_mode()
 def predict(model: Learner, data: ForgetDataModule, batch_size: int = 128) -> dict[str, Predictions]:
-    """One pass over train, val and test, in eval mode and float32; every module gets its flag back."""
+    """One pass over every split of OUTPUTS that there is, in eval mode and float32; modules get their flags back."""
     device = next(model.parameters()).device
     out = {}
     with evaluating(model):
-        for split in SPLITS:
-            if not len(data.indices[split]):  # no validation split was asked for
+        for split in OUTPUTS:
+            if not len(data.indices.get(split, ())):  # no validation split was asked for, or nothing stamps images
                 continue
             loader = data.loader(split, train=False, batch_size=batch_size)
             rows = []
@@ -56,7 +69,7 @@ def save_outputs(predictions: Mapping[str, Predictions], path: Path) -> None:
 def load_outputs(path: Path) -> dict[str, Predictions]:
     """Read what `save_outputs` wrote."""
     tensors = load_file(path)
-    stored = [s for s in SPLITS if f"{s}/ids" in tensors]
+    stored = [s for s in OUTPUTS if f"{s}/ids" in tensors]
     return {s: Predictions(*(tensors[f"{s}/{n}"] for n in Predictions._fields)) for s in stored}
 
 

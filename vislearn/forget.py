@@ -7,11 +7,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Manipulated:
+    """Rows of the training split that were spoiled.
+
+    Attributes:
+        rows: (k,) row numbers, in the order in which they were spoiled.
+        targets: (k,) the labels that training sees of them.
+        state: numpy's legacy generator behind the draw, where it was drawn with that.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    state: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -22,11 +38,13 @@ class Labels:
         targets: (n,) int64 classes, or (n,) float32 values for a regression.
         classes: names of the classes; empty for a regression.
         attributes: further labels by name, each (n,) int64 codes and the names of the codes.
+        manipulated: the rows that were spoiled, where `targets` hold the labels that training sees.
     """
 
     targets: Tensor
     classes: tuple[str, ...] = ()
     attributes: dict[str, tuple[Tensor, tuple[str, ...]]] = field(default_factory=dict)
+    manipulated: Manipulated | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -300,14 +318,14 @@ def codes(wanted: Sequence[int | str], names: Sequence[str], option: str, kind: 
     return torch.tensor(sorted(set(found)))
 
 
-def read_indices(path: Path) -> Tensor:
-    """Row numbers from a text, .npy or .json file, in the file's order.
+def read_indices(path: Path, option: str = "--data.forget.path") -> Tensor:
+    """Row numbers from a text, .npy or .json file, in the file's order; `option` named it.
 
     Raises:
         UserError: when the file is missing or holds anything but whole numbers.
     """
     if not path.is_file():
-        raise UserError(f"no file {path}; --data.forget.path wants a text file of row numbers, .npy or .json")
+        raise UserError(f"no file {path}; {option} wants a text file of row numbers, .npy or .json")
     wrong = f"{path} must hold a flat list of whole numbers"
     try:
         if path.suffix == ".npy":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from .augment import Augment
 from .errors import UserError
 from .sources import Memory, Source
+
+if TYPE_CHECKING:
+    from .manipulation import Stamp
 
 ORDER, AUGMENT = 0, 1  # two streams of random numbers in every epoch
 
@@ -37,6 +40,7 @@ class Loader:
         augment: augmentation; None for plain rows.
         seed: seed of order and augmentation.
         num_workers: processes that decode image files; 0 decodes in this one.
+        stamp: what is written into images; None for nothing.
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class Loader:
         augment: Augment | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        stamp: "Stamp | None" = None,
     ) -> None:
+        self.stamp = stamp
         self.source, self.targets, self.ids, self.batch_size = source, targets, ids, batch_size
         self.shuffle, self.augment, self.seed, self.num_workers = shuffle, augment, seed, num_workers
         self.scale = torch.tensor([1 / (255 * s) for s in std]).view(1, -1, 1, 1)
@@ -69,9 +75,14 @@ class Loader:
         seed = _seed(self.seed, epoch, AUGMENT)
         chunks = self._batches(order)
         for ids, x in zip(chunks, self._read(chunks), strict=True):
+            if self.stamp is not None:
+                x = self.stamp.before(x, ids)
             if self.augment is not None:
                 x = self.augment.apply(x, self.augment.draw(ids, seed))
-            yield self._normalise(x), self.targets[ids].to(x.device)
+            x = self._normalise(x)
+            if self.stamp is not None:
+                x = self.stamp.after(x, ids)
+            yield x, self.targets[ids].to(x.device)
 
     @property
     def sampler(self) -> "Loader":

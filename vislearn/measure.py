@@ -22,6 +22,7 @@ Tier = Literal["quick", "standard", "thorough"]
 TIERS: tuple[Tier, ...] = ("quick", "standard", "thorough")
 Section = Literal["headline", "forgetting", "utility", "membership", "representation", "robustness", "cost"]
 SPLITS = ("train", "val", "test")
+OUTPUTS = (*SPLITS, "triggered")  # what is stored of a model; the last are test rows that a manipulation stamped
 SAMPLE = 1000  # rows of a set that a measure sees which needs the model
 BATCH = 128
 
@@ -89,7 +90,7 @@ class Subject:
     def on(self, name: str, sets: Sets) -> Predictions:
         """The predictions on a set: forget and retain are rows of train, test_forget of test, and so on."""
         split = name.split("_")[0]
-        return self.predictions[split if split in SPLITS else "train"].of(sets[name])
+        return self.predictions[split if split in OUTPUTS else "train"].of(sets[name])
 
     @property
     def classes(self) -> int:

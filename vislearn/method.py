@@ -109,7 +109,7 @@ def scenario(data: ForgetDataModule) -> str:
     It is read off the rows, so a list of row numbers that holds a whole class is "class"; "subclass" is a rule that
     names a property of rows, such as a fine class or a group.
     """
-    forget, train, labels = data.ids("forget"), data.ids("train"), data.labels(train=True)
+    forget, train, labels = data.ids("forget"), data.ids("train"), data.observed(train=True)
     if labels.classes:
         inside = labels.targets[train][torch.isin(labels.targets[train], labels.targets[forget].unique())]
         if len(inside) == len(forget):

@@ -141,7 +141,7 @@ def unlearn(
         subject.key, subject.prepare_seconds = name, spent["prepare"]
         others = [load_subject(r, model, data, store) for r in retrained or []]
         others += [artifact_subject(a) for a in store.retrained(recipe(config, "method"))] if retrained is None else []
-        compared = compare(rule_facts(data), [first], others, [one_method(method, subject)])
+        compared = compare(rule_facts(data), [first], others, [one_method(method, subject)], data)
         if not others:
             compared["warnings"].append(f"no retrained model, so no gap; make one with: {retrain_command}")
         facts = {"seconds": subject.seconds, "prepare_seconds": subject.prepare_seconds, "machine": machine(device),
@@ -218,7 +218,7 @@ def unlearn_in_memory(
     first = ev.Subject(ev.predict(theta_o, data), str(original), -1)
     unlearned, subject = carry_out(theta_o, data, method, trainer, unlearn_seed, lambda name, make: make())
     others = [load_subject(r, model, data, store) for r in retrained]
-    return unlearned, compare(rule_facts(data), [first], others, [one_method(method, subject)])
+    return unlearned, compare(rule_facts(data), [first], others, [one_method(method, subject)], data)
 
 
 def evaluate(
@@ -386,9 +386,7 @@ def as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def cache_of(
-    store: Store, source: Artifact | Path, spent: dict[str, float], device: torch.device
-) -> Cache:
+def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float], device: torch.device) -> Cache:
     """The `cache` that `UnlearningMethod.prepare` gets: tensors kept with the original model, with what they cost."""
 
     def cache(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ class Shadows:
         rule = self.data.forget
         assert rule is not None
         forget, retain = self.data.indices["forget"], self._shuffled(self.data.indices["retain"])
-        marked, size = rule.held_out(self.data.labels(train=True)), len(forget)
+        marked, size = rule.held_out(self.data.observed(train=True)), len(forget)
         if marked is None:
             used = val[:size]
             rows = torch.cat([forget, used, retain[: 2 * size - len(used)]]).sort().values
@@ -321,7 +321,7 @@ class Shadows:
                 before[position] = self._signals("fit", i, ids)[:k]
         method = recipe({"method": self.config.get("method")}).get("method")
         return Pool(
-            self.kind, matrix.rows, self.data.labels(train=True).targets[matrix.rows], matrix.parts[there],
+            self.kind, matrix.rows, self.data.observed(train=True).targets[matrix.rows], matrix.parts[there],
             phi[:, :k], before, matrix.population, phi[:, k:], [self.key(last, i) for i in there],
             base_of(recipe(self.config, "method", "forget")), method, notes,
         )  # fmt: skip

@@ -90,7 +90,7 @@ class RecordUpdates(Callback):
         if self.sensitive is None:
             return None, about
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        ids = self.sensitive.indices(data.labels(train=True), data.ids("train"))
+        ids = self.sensitive.indices(data.observed(train=True), data.ids("train"))
         mask = torch.zeros(len(self.loader.targets), dtype=torch.bool)
         mask[ids] = True
         return mask, about | {"sensitive": ids.tolist()}

@@ -5,7 +5,8 @@
 The search has originals, retrained models and forget sets of its own, so that the table its settings go into tests
 them. A trial's objective is the mean gap to the retrained models, in percentage points, over the accuracies on
 forget, retain and validation rows and the entropy attack; no test row is read. The first trial of every method has
-the paper's settings, the others are a seeded Latin hypercube over `spaces.yaml`; the settings with the smallest gap
+the paper's settings, the second those that a file given with --also has for it (found on other data), the others are
+a seeded Latin hypercube over `spaces.yaml`; the settings with the smallest gap
 win, the paper's on a tie. Every trial is a line of `trials_<benchmark>.jsonl`; what is there already is not run
 again.
 """
@@ -53,16 +54,20 @@ RULES: dict[str, dict[str, Any]] = {  # none of the benchmarks' own
 }
 
 
-def points(space: Mapping[str, Any], trials: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Settings drawn from a space: the paper's first, then a Latin hypercube.
+def points(
+    space: Mapping[str, Any], trials: int, seed: int, also: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Settings drawn from a space: the paper's first, then `also` if given and not empty, then a Latin hypercube.
 
     A value of the space is a list of choices, {log: [low, high]}, {linear: [low, high]}, or a constant.
     """
     yield {}
+    if also:
+        yield dict(also)
     open_ = [name for name, values in space.items() if isinstance(values, list | dict)]
     if not open_:
         return
-    for row in qmc.LatinHypercube(len(open_), rng=seed).random(trials - 1):
+    for row in qmc.LatinHypercube(len(open_), rng=seed).random(max(0, trials - 1 - bool(also))):
         chosen = {name: value for name, value in space.items() if name not in open_}
         for name, u in zip(open_, row, strict=True):
             values = space[name]
@@ -150,6 +155,7 @@ def main() -> int:
     parser.add_argument("--originals", type=int, default=1, help="original models that a trial starts from; "
                         "settings tried on more of them go before all that were tried on fewer")  # fmt: skip
     parser.add_argument("--kinds", default="class,random", help="kinds of forget sets")
+    parser.add_argument("--also", type=Path, help="file of settings found elsewhere, tried second")
     parser.add_argument("--root", help="where the data are")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--store", default="artifacts")
@@ -170,7 +176,8 @@ def main() -> int:
     for kind in options.kinds.split(","):
         bench = Bench(plan, kind, Store(Path(options.store)), resolve, options.originals, options.jobs)
         assert scenario(bench.data) == kind
-        asked = [(m, s) for m, space in spaces.items() for s in points(space, options.trials, seed=1)]
+        also = load_yaml(options.also)[kind] if options.also else {}
+        asked = [(m, s) for m, space in spaces.items() for s in points(space, options.trials, 1, also.get(m))]
         asked = [a for a in asked if json.dumps([kind, *a, options.originals], sort_keys=True) not in done]
         target = {k: round(float(np.mean(v)), 2) for k, v in bench.target.items()}
         print(f"{kind}: {len(asked)} trials, retrained models {target}", flush=True)

@@ -6,11 +6,11 @@ A new one is a function and a line in the `MEASURES` of its file.
 from functools import cache
 
 from ..measure import Column, Graph, Measure
-from . import forgetting, membership, representation, restoration, robustness, sets, shadows, traces
+from . import corrective, forgetting, membership, representation, restoration, robustness, sets, shadows, traces
 
 MEASURES: tuple[Measure, ...] = (
-    *sets.MEASURES, *membership.MEASURES, *forgetting.MEASURES, *representation.MEASURES, *robustness.MEASURES,
-    *traces.MEASURES, *restoration.MEASURES, *shadows.MEASURES,
+    *sets.MEASURES, *corrective.MEASURES, *membership.MEASURES, *forgetting.MEASURES, *representation.MEASURES,
+    *robustness.MEASURES, *traces.MEASURES, *restoration.MEASURES, *shadows.MEASURES,
 )  # fmt: skip
 
 

@@ -131,12 +131,12 @@ def gap_text(gap: Mapping[str, Any] | None, unit: str) -> str:
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every row of every rule's table, in printed order.
 
-    Per rule: the original model, the retrained models, the floor, then the methods by mean gap; methods without one
-    come after those, failed ones last.
+    Per rule: the original model, the retrained models, clean models if there are any, the floor, then the methods by
+    mean gap; methods without one come after those, failed ones last.
 
     Returns:
-        One dict a row: `rule` (id), `kind` ("original", "retrained", "floor" or "method"), `name`, `title`, `label`
-        (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags` and
+        One dict a row: `rule` (id), `kind` ("original", "retrained", "clean", "floor" or "method"), `name`,
+        `title`, `label` (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags` and
         `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in
         the printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
         `within_floor`, in `why` the reason for a missing number, else "", and in `form` what it holds: a "value" of
@@ -146,7 +146,9 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for rule in results.get("rules") or []:
         models = rule.get("models") or {}
-        for kind, title in (("original", "Original"), ("retrained", "Retrained")):
+        for kind, title in (("original", "Original"), ("retrained", "Retrained"), ("clean", "Clean")):
+            if kind == "clean" and kind not in models:  # trained without the manipulation: where there is one
+                continue
             found.append(_row(rule, kind, title, models.get(kind) or {}, heads))
         found.append(_floor_row(rule, heads))
         methods = [_row(rule, "method", m.get("title") or m["name"], m, heads) for m in rule.get("methods") or []]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 # What leaves last when the terminal is narrow; everything else goes from the right to the left first.
 KEPT = ("gap/mean", "forget/accuracy", "test_retain/accuracy", "retain/accuracy", "forget/mia_entropy", "time/unlearn")
+# where rows were spoiled, forgetting them is not the aim but what comes right by it
+KEPT_CORRECTIVE = ("corrective/acc_corr", "corrective/acc_retain", "corrective/attack_success", "corrective/recovery",
+                   "time/unlearn")  # fmt: skip
 UNITS = {"pp": "points", "x": "x", "": ""}
 NAME_WIDTH = 20
 PLAIN = str.maketrans({"±": "~", DASH: "-", "−": "-", "’": "'", "×": "x", "→": ">", "←": "<"})
@@ -80,12 +83,13 @@ def fitting(table: Sequence[dict[str, Any]], heads: list[dict], width: int) -> t
 
     A deviation is worth more than a column of the second rank, and a column of the first rank more than it.
     """
+    kept = KEPT_CORRECTIVE if any(head["key"] in KEPT_CORRECTIVE[:-1] for head in heads) else KEPT
     for detail in (2, 1, 0):
         shown = list(heads)
         while True:
             if _name_width(table) + sum(2 + _width(table, head, detail) for head in shown) <= width:
                 return shown, detail
-            loose = [head for head in shown if head["key"] not in KEPT]
+            loose = [head for head in shown if head["key"] not in kept]
             if detail == 0 and not loose:
                 loose = shown[1:]
             if detail == 2 or not loose:
