@@ -4,20 +4,24 @@ from .amnesiac import Amnesiac, AmnesiacML
 from .attention_shift import AttentionShift
 from .bad_teacher import BadTeacher
 from .bidirectional import BidirectionalDistillation
+from .blindspot import Blindspot
 from .blur import BLUR
 from .boundary import BoundaryExpand, BoundaryShrink
 from .catnip import CATNIP
 from .cf_k import CFk
+from .cupid import CUPID
 from .delete import DELETE
 from .dipo import DiPO
 from .eu_k import EUk
 from .fine_tune import FineTune
 from .first_epoch_gradient_ascent import FirstEpochGradientAscent
 from .fisher_forgetting import FisherForgetting
+from .gaussian_fine_tuning import GaussianAmnesiac
 from .gradient_ascent import GradientAscent
 from .influence_unlearning import InfluenceUnlearning
 from .jit import JiT
 from .l1_sparse import L1Sparse, PruneFirst
+from .laf import LAF, LAFR
 from .neg_grad_plus import NegGradPlus
 from .npo import NPO
 from .ntk import NTKScrub
@@ -37,7 +41,10 @@ __all__ = [
     "ASSD",
     "BLUR",
     "CATNIP",
+    "CUPID",
     "DELETE",
+    "LAF",
+    "LAFR",
     "LFSSD",
     "NPO",
     "RMU",
@@ -51,6 +58,7 @@ __all__ = [
     "AttentionShift",
     "BadTeacher",
     "BidirectionalDistillation",
+    "Blindspot",
     "BoundaryExpand",
     "BoundaryShrink",
     "CFk",
@@ -59,6 +67,7 @@ __all__ = [
     "FineTune",
     "FirstEpochGradientAscent",
     "FisherForgetting",
+    "GaussianAmnesiac",
     "GradientAscent",
     "InfluenceUnlearning",
     "JiT",

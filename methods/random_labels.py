@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vislearn.data import ForgetDataModule
 from vislearn.errors import UserError
-from vislearn.learner import Classifier
 from vislearn.loader import join_sets
 from vislearn.method import GradientMethod
 
@@ -19,7 +18,7 @@ class RandomLabels(GradientMethod):
     The loss is the cross-entropy of a batch, for the true label on :math:`D_r` and for a label drawn anew, at every
     visit, on :math:`D_f`. The SalUn group's code has two orders. On CIFAR-10 and SVHN an epoch is one pass over
     :math:`D_f`, then one pass over :math:`D_r`; on CIFAR-100 and Tiny ImageNet it is one shuffled pass over both
-    together.
+    together. Regressors keep their own loss, and the label of a row to forget is the target of a row drawn at random.
 
     Reference:
         Golatkar et al., Eternal Sunshine of the Spotless Net, CVPR 2020 (random labels); settings as in Fan et al.,
@@ -27,7 +26,8 @@ class RandomLabels(GradientMethod):
 
     Args:
         labels_from: "all" draws over all classes, the true one included, anew for every batch (the SalUn group);
-            "others" excludes the true class (the reading of the amnesiac baselines).
+            "others" excludes the true class (the reading of the amnesiac baselines). For regressors "all" draws from
+            the targets of D, and "others" from those of the retain set, which has none of a band that is forgotten.
         order: "sequential" visits the forget set, then the retain set; "joined" shuffles both into the same batches,
             of batch_size rows.
         epochs: passes over forget and retain set.
@@ -35,7 +35,7 @@ class RandomLabels(GradientMethod):
         **kwargs: see :class:`vislearn.method.GradientMethod`.
     """
 
-    supports = Classifier
+    pool: Tensor | None = None  # values to draw from; None for classes
 
     def __init__(
         self,
@@ -54,11 +54,14 @@ class RandomLabels(GradientMethod):
 
     def check(self, model: Any, data: ForgetDataModule) -> None:
         super().check(model, data)
-        if self.labels_from == "others" and model.num_classes == 1:
+        if self.labels_from == "others" and getattr(model, "num_classes", None) == 1:
             raise UserError("a model of one class has no other labels to draw from; use --method.labels_from=all")
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
         retain = self.retain_loader(data)
+        targets = data.observed(train=True).targets
+        if targets.is_floating_point():
+            self.pool = targets[data.ids("train" if self.labels_from == "all" else "retain")]
         if self.order == "sequential":
             return OneAfterTheOther(forget=data.loader("forget", batch_size=self.forget_batch_size), retain=retain)
         ids = {"forget": data.ids("forget"), "retain": retain.ids}
@@ -66,12 +69,14 @@ class RandomLabels(GradientMethod):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = batch if isinstance(batch, dict) else dict([batch])
-        logits = self(torch.cat([x for x, _ in parts.values()]))
-        labels = [self.relabel(y, logits.shape[1]) if name == "forget" else y for name, (_, y) in parts.items()]
-        return self.model.loss(logits, torch.cat(labels))
+        outputs = self(torch.cat([x for x, _ in parts.values()]))
+        labels = [self.relabel(y, outputs.shape[-1]) if name == "forget" else y for name, (_, y) in parts.items()]
+        return self.model.loss(outputs, torch.cat(labels))
 
     def relabel(self, y: Tensor, classes: int) -> Tensor:
-        """Random labels (b,) for the true ones (b,)."""
+        """Random labels (b,) for the true ones (b,); values where there is a pool of them."""
+        if self.pool is not None:
+            return self.pool.to(y)[torch.randint(len(self.pool), y.shape[:1], device=y.device)]
         if self.labels_from == "others":
             return (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
         return torch.randint(classes, y.shape, device=y.device)

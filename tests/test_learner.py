@@ -113,6 +113,15 @@ def test_ssd_schedule_overshoots_for_two_epochs() -> None:
     assert factors[10:] == pytest.approx([1.0] * 5 + [0.2] * 10 + [0.04] * 15)
 
 
+def test_corrective_schedule_ends_at_a_fifth_of_its_peak() -> None:
+    factors = [rate_factor(s, 400, 98, "corrective") for s in range(401)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[400] == pytest.approx(1 - 396 / 500)
+    learner, rates = Tiny(lr=0.5, schedule="corrective"), Rates()
+    trainer(2, callbacks=[rates]).fit(learner, rows())
+    assert rates.seen == pytest.approx([0.5 * (1 - i / 12.5) for i in range(10)])
+
+
 def test_accumulated_batches_are_one_step() -> None:
     learner, rates = Tiny(lr=1.0, schedule="triangle"), Rates()
     fitting = trainer(2, callbacks=[rates], accumulate_grad_batches=2)
@@ -329,6 +338,7 @@ def test_memory_order_changes_no_result() -> None:
         ({"momentum": 1.0}, "--model.momentum"),
         ({"momentum": 0.0, "nesterov": True}, "--model.momentum=0.9"),
         ({"schedule": "step"}, "milestones"),
+        ({"schedule": "corrective", "warmup_epochs": 1}, "warm-up of its own"),
         ({"optimizer": "lion"}, "'sgd', 'adamw' or 'muon'"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"low_resolution": [0]}, "low_resolution"),

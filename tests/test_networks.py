@@ -126,7 +126,7 @@ def test_images_of_another_size() -> None:
         if net.any_size:
             c, s = ONES.get(arch, (3, 32))
             assert net(torch.randn(2, c, s * 3 // 4, s * 3 // 4)).shape == (2, 10)
-    assert {a for a in OWN if not own(a).any_size} == {"mlp", "vit_tiny_cifar", "vit_digits"}
+    assert {a for a in OWN if not own(a).any_size} == {"mlp", "cnn_laf", "vit_tiny_cifar", "vit_digits"}
 
 
 def test_position_codes_tell_places_apart() -> None:

@@ -16,6 +16,7 @@ from vislearn.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vislearn.learner import Learner
     from vislearn.method import UnlearningMethod
 
 SETS = ("forget", "retain", "train", "val", "val_forget", "val_retain")
@@ -73,6 +74,22 @@ def capability(cls: type[UnlearningMethod]) -> Capability:
         training=training(cls),
         arxiv=arxiv,
     )
+
+
+def serving(model: Learner, classes: Iterable[type[UnlearningMethod]], most: int = 8) -> list[str]:
+    """Names of methods that serve a learner with its network and need nothing more than data: what a refusal suggests.
+
+    Args:
+        model: the learner.
+        classes: the methods to choose from.
+        most: how many names are given, those first that were made for this kind of learner, then by name.
+    """
+    from vislearn.method import kind_of_network
+
+    kind = kind_of_network(model)
+    fit = [cls for cls in classes if isinstance(model, cls.supports) and kind in cls.networks and not cls.requires]
+    ordered = sorted(fit, key=lambda cls: (cls.supports is not type(model), cls.__name__.casefold()))
+    return [cls.__name__ for cls in ordered][:most]
 
 
 def listed(given: Iterable[str], order: Sequence[str]) -> list[str]:

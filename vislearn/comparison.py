@@ -9,6 +9,7 @@ import numpy as np
 
 from . import evaluation as ev
 from .data import ForgetDataModule
+from .measures.bias import void
 from .measures.corrective import against_clean
 from .measures.membership import uninformative
 from .metrics.gap import over_pairs
@@ -53,6 +54,7 @@ def compare(
     out["warnings"] = [w for s in originals for w in ev.check_original(s, sets)]
     out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
     out["warnings"] += headline_missing(out["models"]["original"])
+    out["warnings"] += void(out["models"]["original"])
     out["warnings"] += uninformative(*(out["models"][k]["metrics"] for k in ("original", "retrained")))
     if len(retrained) < 2:
         out["floor_note"] = (

@@ -57,6 +57,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         mean: mean per channel of pixels in [0, 1], used to normalise; empty for features, which are left as they are.
         std: standard deviation per channel, likewise.
         augmentation: what is done to training images; None for nothing.
+        together: so many rows that follow each other are views of one thing, and come into one set.
         indices: row numbers of each set, after `setup`; a set that does not exist or is empty is absent, except "val".
 
     Args:
@@ -84,6 +85,7 @@ class ForgetDataModule(LightningDataModule, ABC):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augmentation: Augment | None = None
+    together: int = 1
 
     def __init__(
         self,
@@ -162,9 +164,9 @@ class ForgetDataModule(LightningDataModule, ABC):
         n = len(labels)
         if self.train_rows is not None and self.train_rows > n:
             raise UserError(f"the training split has {n} rows, fewer than --data.train_rows={self.train_rows}")
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.split_seed))[: self.train_rows]
-        size = max(1, int(self.val_fraction * len(order) + 1e-9)) if self.val_fraction else 0
-        val, train = order[:size].sort().values, order[size:].sort().values
+        units = torch.randperm(n // self.together, generator=torch.Generator().manual_seed(self.split_seed))
+        order = (units[:, None] * self.together + torch.arange(self.together)).flatten()[: self.train_rows]
+        train, val = self.carve(order)
         test_labels = self.labels(train=False)
         if self.hold_out is not None:
             train, val = self.hold_out.divide(train, val)
@@ -185,6 +187,12 @@ class ForgetDataModule(LightningDataModule, ABC):
                 unknown = sets["manipulated"][~torch.isin(sets["manipulated"], forget)]
                 sets |= {"unidentified": unknown} if len(unknown) else {}
         self.indices = sets
+
+    def carve(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorted row numbers of training and validation set, of the rows `order`, which come in random order."""
+        each = self.together
+        size = max(each, int(self.val_fraction * len(order) + 1e-9) // each * each) if self.val_fraction else 0
+        return order[size:].sort().values, order[:size].sort().values
 
     def _spoil(self, labels: Labels, train: Tensor) -> Labels:
         """The labels of the training split after the manipulation."""

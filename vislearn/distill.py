@@ -30,7 +30,9 @@ def kl(p: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
 def gaussian_kl(p: Tensor, q: Tensor, sigma: float = 1.0) -> Tensor:
     r"""Mean over rows of KL(N(p, s^2) || N(q, s^2)) = (p - q)^2 / (2 s^2), the same in both directions.
 
-    Several outputs of a row are independent, so their divergences add up.
+    With s = 1, which methods take where they are told nothing else, it is half the squared difference: its size then
+    depends on the unit of the targets, and weights between it and a loss have to follow. Several outputs of a row are
+    independent, so their divergences add up.
 
     Args:
         p: (n,) or (n, d) predicted values.

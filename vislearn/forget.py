@@ -39,12 +39,14 @@ class Labels:
         classes: names of the classes; empty for a regression.
         attributes: further labels by name, each (n,) int64 codes and the names of the codes.
         manipulated: the rows that were spoiled, where `targets` hold the labels that training sees.
+        spans: (n, 2) int64, the first and the last second since 1970 that a row covers; None where rows have no time.
     """
 
     targets: Tensor
     classes: tuple[str, ...] = ()
     attributes: dict[str, tuple[Tensor, tuple[str, ...]]] = field(default_factory=dict)
     manipulated: Manipulated | None = None
+    spans: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -19,7 +19,7 @@ from .optim import Muon
 if TYPE_CHECKING:
     from .data import ForgetDataModule
 
-Schedule = Literal["constant", "cosine", "step", "triangle", "ssd"]
+Schedule = Literal["constant", "cosine", "step", "triangle", "ssd", "corrective"]
 Reduction = Literal["mean", "sum", "none"]
 CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where each look waits for the device
 
@@ -41,7 +41,8 @@ def rate_factor(
         steps_per_epoch: optimiser steps of an epoch.
         schedule: `constant`; `cosine`, down to 0 at the last step; `step`, times gamma at each milestone; `triangle`,
             straight down to 0; `ssd`, milestones behind the warm-up of the SSD benchmark's retraining, which is one
-            epoch long and runs for two: the rate climbs from 0 to twice the base rate.
+            epoch long and runs for two: the rate climbs from 0 to twice the base rate; `corrective`, that of the
+            corrective unlearning benchmark, see `linear_rate`.
         milestones: epochs, counted from 0, from which on the rate is smaller.
         gamma: factor at each milestone.
         warmup_epochs: length of the linear warm-up in front; it ends at the base rate and is part of `steps`.
@@ -50,6 +51,8 @@ def rate_factor(
     reached = gamma ** sum(epoch >= m for m in milestones)
     if schedule == "ssd":
         return step / (steps_per_epoch + 1e-8) if epoch < 2 else reached  # their guard against an epoch of no steps
+    if schedule == "corrective":
+        return linear_rate(step, steps)
     warmup = round(warmup_epochs * steps_per_epoch)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -59,6 +62,15 @@ def rate_factor(
         return 1.0
     progress = (step - warmup) / max(1, steps - warmup)
     return max(0.0, 1 - progress) if schedule == "triangle" else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def linear_rate(step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0, of the corrective benchmark, as a multiple of the peak.
+
+    A hundredth of the steps warms up; behind it the rate falls linearly and reaches a fifth at the end.
+    """
+    warm = steps // 100
+    return (step + 1) / (warm + 1) if step < warm else 1 - (step - warm) / (1.25 * steps)
 
 
 class Learner(LightningModule, ABC):
@@ -77,7 +89,9 @@ class Learner(LightningModule, ABC):
             unlearning papers; `muon` fixes the norm of its convolutions instead.
         muon_lr: base learning rate of the convolutions under `muon`, relative to their norm.
         schedule: course of the learning rate over the training, set at every step: `constant`, `cosine` or `triangle`
-            down to 0, `step` at milestones; `ssd` is `step` with the overshooting warm-up of the SSD benchmark.
+            down to 0, `step` at milestones; `ssd` is `step` with the overshooting warm-up of the SSD benchmark;
+            `corrective` warms up for a hundredth of the steps and falls in a straight line to a fifth, as in the
+            corrective unlearning benchmark.
         milestones: epochs, counted from 0, at which the schedules `step` and `ssd` lower the rate.
         gamma: factor on the rate at each milestone.
         warmup_epochs: epochs, or part of one, over which the rate climbs linearly to lr.
@@ -113,6 +127,8 @@ class Learner(LightningModule, ABC):
         check(not nesterov or momentum > 0, "nesterov needs a momentum above 0; give --model.momentum=0.9")
         check(schedule not in ("step", "ssd") or bool(milestones),
               f"schedule={schedule} needs milestones, for example --model.milestones=[8,12,16]")  # fmt: skip
+        check(schedule != "corrective" or not warmup_epochs,
+              "schedule=corrective has a warm-up of its own; leave out --model.warmup_epochs")  # fmt: skip
         check(min(low_resolution or [1]) > 0, f"low_resolution holds image sizes above 0, not {low_resolution}")
         self.optimizer, self.lr, self.momentum, self.nesterov = optimizer, lr, momentum, nesterov
         self.muon_lr = muon_lr
@@ -221,8 +237,8 @@ class NetworkLearner(Learner):
     The network is built at once where its number of outputs is known, otherwise by `fill` or when training starts.
 
     Args:
-        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
-            timm knows.
+        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `resnet9`, `wrn28_10`, `cnn`,
+            `mlp`, or any name that timm knows.
         in_channels: channels of the images; by default the data's.
         image_size: pixels per side; by default the data's.
         norm: normalisation of the convolutional networks among those named: `batch`, `group`, `layer` or `none`.
@@ -303,8 +319,8 @@ class Classifier(NetworkLearner):
     """A network that tells classes apart, trained with cross-entropy: logits (b, k) out.
 
     Args:
-        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
-            timm knows.
+        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `resnet9`, `wrn28_10`, `cnn`,
+            `mlp`, or any name that timm knows.
         num_classes: number of classes; by default the data's.
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
         **kwargs: see `NetworkLearner`.
@@ -315,8 +331,9 @@ class Classifier(NetworkLearner):
     ) -> None:
         super().__init__(arch, **kwargs)
         check(0 <= label_smoothing < 1, f"label_smoothing lies in [0, 1), and is {label_smoothing:g}")
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        if num_classes is not None:
+        # data without classes say 0, and `fill` refuses them; until then there is no network
+        self.num_classes, self.label_smoothing = num_classes or None, label_smoothing
+        if self.num_classes is not None:
             self.construct()
 
     @property
@@ -340,8 +357,8 @@ class Regressor(NetworkLearner):
     """A network that predicts values: (b,) out, or (b, k) with more than one output.
 
     Args:
-        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`, `mlp`, or any name that
-            timm knows.
+        arch: `resnet8`, `vit_digits`, `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `resnet9`, `wrn28_10`, `cnn`,
+            `mlp`, or any name that timm knows.
         num_outputs: values per image.
         loss: what training minimises: `mse`, `l1`, or `huber`, which is squared below an error of 1 and linear above.
         **kwargs: see `NetworkLearner`.

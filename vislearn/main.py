@@ -13,6 +13,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   unlearn     original -> unlearned model, evaluated against the retrained ones
   evaluate    audit any original, unlearned and retrained checkpoints without training
   measure     one tier's findings on one stored model, as `benchmark` and `evaluate` make them
+  hardest     the forget set that leaves the least trace, by a search or a ranking, as a file of row numbers
   methods     what every unlearning method reads, serves and costs, as a table
   store       ls, show, verify, explain, gc over the stored models
 
@@ -26,7 +27,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
 
   --version   print the version
 """
-VERBS = ("benchmark", "fit", "unlearn", "evaluate", "measure", "methods", "store")
+VERBS = ("benchmark", "fit", "unlearn", "evaluate", "hardest", "measure", "methods", "store")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,4 +62,6 @@ def main(argv: list[str] | None = None) -> None:
 
     if argv[0] == "benchmark":
         raise SystemExit(cli.benchmark(argv[1:]))
+    if argv[0] == "hardest":
+        raise SystemExit(cli.hardest(argv[1:]))
     cli.main(argv)

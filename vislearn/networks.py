@@ -1,5 +1,6 @@
 """Networks by name: small ones for small images here, every other backbone from timm."""
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -286,17 +287,31 @@ class Timm(Network):
         return self.body(x)
 
 
+def of_paper(paper: str, name: str, *sizes: Any) -> Network:
+    """A network of the module `networks_<paper>`, which needs this one."""
+    module = importlib.import_module(f".networks_{paper}", __package__)
+    network: Network = getattr(module, name)(*sizes)
+    return network
+
+
 # name -> (outputs, channels, pixels, norm) -> network
 OWN: dict[str, Callable[[int, int, int, Norm], Network]] = {
     "resnet8": lambda k, c, s, norm: ResNet((1, 1, 1), (16, 32, 64), k, c, norm, project=False),
     "resnet20": lambda k, c, s, norm: ResNet((3, 3, 3), (16, 32, 64), k, c, norm, project=False),
     "resnet18_cifar": lambda k, c, s, norm: ResNet((2, 2, 2, 2), (64, 128, 256, 512), k, c, norm, project=True),
+    "resnet9": lambda k, c, s, norm: of_paper("corrective", "ResNet9", k, c, s),
+    "wrn28_10": lambda k, c, s, norm: of_paper("corrective", "WideResNet", k, c),
+    "cnn_laf": lambda k, c, s, norm: of_paper("laf", "LAFCNN", k, c, s),
+    "resnet18_laf": lambda k, c, s, norm: of_paper("laf", "LAFResNet18", k, c),
     "cnn": lambda k, c, s, norm: CNN(k, c, norm),
+    "allcnn": lambda k, c, s, norm: of_paper("allcnn", "AllCNN", k, c, norm),
+    "allcnn_small": lambda k, c, s, norm: of_paper("allcnn", "AllCNN", k, c, norm, 12),
     "mlp": lambda k, c, s, norm: MLP(k, c, s),
     "vit_tiny_cifar": lambda k, c, s, norm: ViT(k, c, s),
     "vit_digits": lambda k, c, s, norm: ViT(k, c, s, width=48, heads=3, depth=2),
 }
-NORMED = ("resnet8", "resnet20", "resnet18_cifar", "cnn")  # those that take another norm than their own
+# those that take another norm than their own
+NORMED = ("resnet8", "resnet20", "resnet18_cifar", "cnn", "allcnn", "allcnn_small")
 
 
 def build(
@@ -311,7 +326,9 @@ def build(
 
     Args:
         arch: `resnet8` and `vit_digits` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`,
-            `mlp`, or any name that timm knows.
+            `allcnn`, `mlp`; `resnet9` and `wrn28_10` of the corrective unlearning benchmark; `cnn_laf` and
+            `resnet18_laf` of label-agnostic forgetting; `mlp_128_64`, `gru` and `tft` for tables and series, with
+            sizes in the name (see :mod:`vislearn.networks_tabular`); or any name that timm knows.
         num_outputs: outputs of the head.
         in_channels: channels of the images.
         image_size: pixels per side; matters to networks with a fixed input size.
@@ -321,6 +338,8 @@ def build(
     Raises:
         UserError: for an unknown name, an unfitting size or norm, or public weights that cannot be had.
     """
+    from . import networks_tabular  # needs this module
+
     if min(num_outputs, in_channels, image_size) < 1:
         raise UserError(
             f"a network needs at least one output, channel and pixel, not {num_outputs}, {in_channels} and "
@@ -333,14 +352,16 @@ def build(
             f"{arch} has a normalisation of its own; leave out --model.norm={norm}, or choose one of "
             f"{', '.join(NORMED)} by --model.arch"
         )
-    if arch not in OWN:
+    if arch not in OWN and not networks_tabular.serves(arch):
         return from_timm(arch, num_outputs, in_channels, image_size, pretrained)
     if pretrained:
         raise UserError(
             f"there are no public weights for {arch}; use --model.pretrained=false, or a timm name such as "
             "--model.arch=resnet18"
         )
-    return OWN[arch](num_outputs, in_channels, image_size, norm)
+    if arch in OWN:
+        return OWN[arch](num_outputs, in_channels, image_size, norm)
+    return networks_tabular.build(arch, num_outputs, in_channels, image_size)
 
 
 def from_timm(arch: str, num_outputs: int, in_channels: int, image_size: int, pretrained: bool) -> Timm:

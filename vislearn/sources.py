@@ -158,7 +158,7 @@ def read_class_images(where: Path, size: int) -> dict[str, tuple[list[str], Tens
         UserError: when the layout is another one, an image is broken or has another size.
     """
     images: dict[tuple[str, str, str], np.ndarray] = {}
-    for path, content in _members(where):
+    for path, content in members(where):
         parts = path.parts
         if path.suffix.lower() not in SUFFIXES or len(parts) < 3 or parts[-3] not in ("train", "test"):
             continue
@@ -179,7 +179,7 @@ def read_class_images(where: Path, size: int) -> dict[str, tuple[list[str], Tens
     return result
 
 
-def _members(where: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
+def members(where: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
     """Files of a folder (name alone) or of an archive (name and content)."""
     if where.is_dir():
         for path in where.rglob("*"):

@@ -84,9 +84,12 @@ def cases() -> dict[str, tuple[Case, ...]]:
     return {kind: tuple(each) for kind, each in found.items()}
 
 
-def of_kind(kind: str) -> pytest.MarkDecorator:
-    """Run a test on every case of a kind, as its argument `case`; skip it, saying why, where there is none."""
-    found = cases().get(kind, ())
+def of_kind(kind: str, topic: str | None = None) -> pytest.MarkDecorator:
+    """Run a test on every case of a kind, as its argument `case`; skip it, saying why, where there is none.
+
+    Two topics may use one word for a kind; then `topic` says which is meant.
+    """
+    found = [c for c in cases().get(kind, ()) if topic in (None, c.meta["topic"])]
     reason = f"no parity case of kind {kind!r} under {folder()} (VISLEARN_PARITY names another folder)"
     missing = pytest.param(None, marks=pytest.mark.skipif(True, reason=reason), id="none")
     each = [pytest.param(c, id=f"{c.path.parent.name}/{c.path.stem}") for c in found]

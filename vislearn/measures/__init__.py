@@ -6,11 +6,25 @@ A new one is a function and a line in the `MEASURES` of its file.
 from functools import cache
 
 from ..measure import Column, Graph, Measure
-from . import corrective, forgetting, membership, representation, restoration, robustness, sets, shadows, traces
+from . import (
+    bias,
+    corrective,
+    forgetting,
+    label_agnostic,
+    membership,
+    regression,
+    representation,
+    restoration,
+    robustness,
+    sets,
+    shadows,
+    traces,
+)
 
 MEASURES: tuple[Measure, ...] = (
-    *sets.MEASURES, *corrective.MEASURES, *membership.MEASURES, *forgetting.MEASURES, *representation.MEASURES,
-    *robustness.MEASURES, *traces.MEASURES, *restoration.MEASURES, *shadows.MEASURES,
+    *sets.MEASURES, *regression.MEASURES, *bias.MEASURES, *corrective.MEASURES, *membership.MEASURES,
+    *label_agnostic.MEASURES, *forgetting.MEASURES, *representation.MEASURES, *robustness.MEASURES, *traces.MEASURES,
+    *restoration.MEASURES, *shadows.MEASURES,
 )  # fmt: skip
 
 

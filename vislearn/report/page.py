@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import figures, lines, scatter
+from . import bias, corrective, figures, lines, scatter
 from .graphs import KINDS
 from .sections import downloads, sections
 from .svg import glyph
@@ -100,6 +100,7 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
         "tier": _tier(results.get("evaluation")),
         "heads": [{**head, "help": _help(head, heads, rules)} for head in heads],
         "intervals": _interval_words(rules),
+        "corrective": corrective.sections(results),
         "rules": [
             _rule(results, rule, i, [r for r in table if r["rule"] == rule["id"]], heads, marks)
             for i, rule in enumerate(rules)
@@ -201,6 +202,7 @@ def _rule(
         "sections": parts,
         "downloads": downloads(rule, table, shown, "headline"),
         "per_class": figures.per_class(rule, table, data.get("classes") or ()),
+        "bias": bias.shortcut(rule, table),
         "absent": absent(rule),
     }
 

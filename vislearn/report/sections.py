@@ -79,11 +79,10 @@ def downloads(
         "LaTeX": ("tex", "application/x-tex", export.latex(table, heads, f"{rule['title']}, {name}")),
         "CSV": ("csv", "text/csv", export.table_csv(table, heads)),
     }
-    return [
-        {
-            "kind": kind,
-            "file": f"{file}.{end}",
-            "href": f"data:{mime};charset=utf-8;base64,{base64.b64encode(text.encode(errors='replace')).decode()}",
-        }
-        for kind, (end, mime, text) in made.items()
-    ]
+    return [link(kind, f"{file}.{end}", mime, text) for kind, (end, mime, text) in made.items()]
+
+
+def link(kind: str, file: str, mime: str, text: str) -> dict[str, str]:
+    """A file inside the page, as its download links take it."""
+    data = base64.b64encode(text.encode(errors="replace")).decode()
+    return {"kind": kind, "file": file, "href": f"data:{mime};charset=utf-8;base64,{data}"}

@@ -135,12 +135,12 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     mean gap; methods without one come after those, failed ones last.
 
     Returns:
-        One dict a row: `rule` (id), `kind` ("original", "retrained", "clean", "floor" or "method"), `name`,
-        `title`, `label` (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags` and
-        `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers in
-        the printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
-        `within_floor`, in `why` the reason for a missing number, else "", and in `form` what it holds: a "value" of
-        the model beside its gap, the "gap" itself, or the "distance" to the retrained models.
+        One dict a row: `rule` (id), `kind` ("original", "retrained", "clean", "floor" or "method"), `name`, `title`,
+        `label` (the name; where it stands twice, with the settings that differ), `seeds`, `status`, `error`, `flags`
+        and `notes` (sentences), `source` (the dict it was made of) and `cells`, by column key. A cell holds the numbers
+        in the printed unit (`mean`, `spread`, `count`, `gap`), their text (`text`, `spread_text`, `gap_text`), `best`,
+        `within_floor`, in `why` the reason for a missing number, else "", and in `form` what it holds: a "value" of the
+        model beside its gap, the "gap" itself, or the "distance" to the retrained models.
     """
     heads = columns(results, None)
     found = []

@@ -1,0 +1,132 @@
+"""What the benchmark of corrective unlearning found, as questions to its results."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+from vislearn.selection import Course, courses, finite, select
+
+NEAR = 0.25  # near the original or the clean model: within a quarter of what lies between them
+CORR, RETAIN = "corrective/acc_corr", "corrective/acc_retain"
+Verdict = tuple[bool | None, str]  # None where it cannot be told
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one manipulation shows: percent, means over seeds."""
+
+    course: Course
+
+    @classmethod
+    def of(cls, results: dict[str, Any]) -> "Side":
+        """The side of a benchmark's results, which have one group of rules that differ in gamma."""
+        (course,) = courses(results["rules"])
+        return cls(course)
+
+    def model(self, kind: str, key: str = CORR) -> dict[float, float]:
+        """Gamma -> the mean of a reference model; nothing where there is no such model."""
+        groups = [(gamma, (rule["models"].get(kind) or {}).get("metrics") or {}) for gamma, rule in self.course.rules]
+        return {gamma: 100 * fmean(values) for gamma, m in groups if (values := finite(m.get(key) or ()))}
+
+    def first(self, kind: str, key: str = CORR) -> float:
+        """Of a model that is the same for every gamma."""
+        return next(iter(self.model(kind, key).values()))
+
+    def points(self, name: str, key: str = CORR) -> dict[str, dict[float, float]]:
+        """Title -> gamma -> mean, for the settings of a method that ran."""
+        found: dict[str, dict[float, float]] = {}
+        for gamma, rule in self.course.rules:
+            for m in rule["methods"]:
+                if m["name"] == name and m["status"] == "done" and (values := finite(m["metrics"].get(key) or ())):
+                    found.setdefault(m["title"], {})[gamma] = 100 * fmean(values)
+        return found
+
+    @property
+    def tolerance(self) -> float:
+        """Twice the standard deviation over seeds, pooled over the reference models; one point at least."""
+        models = [finite(m["metrics"].get(CORR) or ()) for _, r in self.course.rules for m in r["models"].values() if m]
+        spreads = [variance(values) for values in models if len(values) > 1]
+        return max(1.0, 200 * math.sqrt(fmean(spreads))) if spreads else 1.0
+
+    def way(self, value: float) -> float:
+        """Where an Acc_corr lies between that of the original, 0, and that of the clean model, 1."""
+        return (value - self.first("original")) / (self.first("clean") - self.first("original"))
+
+    @property
+    def harmed(self) -> bool:
+        """Whether the manipulation cost the original model anything; without that there is nothing to correct."""
+        known = self.model("clean") and self.model("original")
+        return bool(known) and self.first("clean") - self.first("original") > max(5.0, 2 * self.tolerance)
+
+
+def exact_rises(poisoning: Side, confusion: Side) -> Verdict:
+    found = list(poisoning.model("retrained").values())
+    if not found:
+        return None, "nothing was retrained"
+    rises = all(b >= a - poisoning.tolerance for a, b in pairwise(found))
+    said = f"EU {line(found)}, clean {poisoning.first('clean'):.1f}"
+    return rises and poisoning.way(found[-1]) >= 1 - NEAR, said
+
+
+def exact_needs_most(poisoning: Side, confusion: Side) -> Verdict:
+    early = [value for gamma, value in poisoning.model("retrained").items() if gamma <= 0.5]
+    if not early:
+        return None, "nothing was retrained with half identified or less"
+    said = f"EU up to half identified {line(early)}, original {poisoning.first('original'):.1f}"
+    return all(poisoning.way(v) <= NEAR for v in early), said
+
+
+def last_layers_stay(poisoning: Side, confusion: Side) -> Verdict:
+    found = {name: next(iter(poisoning.points(name).values()), {}) for name in ("CFk", "EUk")}  # the first has least k
+    if not all(found.values()):
+        return None, "CFk or EUk has not run"
+    ways = [poisoning.way(value) for points in found.values() for value in points.values()]
+    said = "; ".join(f"{name} {line(points.values())}" for name, points in found.items())
+    return all(abs(way) <= NEAR for way in ways), f"{said}; original {poisoning.first('original'):.1f}"
+
+
+def dampening_heals_early(poisoning: Side, confusion: Side) -> Verdict:
+    chosen = {by: [select(rule, by).of("SSD") for _, rule in poisoning.course.rules] for by in ("deployable", "oracle")}
+    if any(choice is None for each in chosen.values() for choice in each):
+        return None, "SSD has no choice for some gamma"
+    curves = {by: [100 * fmean(c.entry["metrics"][CORR]) for c in each if c] for by, each in chosen.items()}
+    ways = [[poisoning.way(v) for v in values] for values in curves.values()]
+    said = "; ".join(f"SSD by {by} {line(values)}" for by, values in curves.items())
+    said += f"; clean {poisoning.first('clean'):.1f}"
+    return all(way[0] >= 1 - NEAR and max(way) - min(way) <= NEAR for way in ways), said
+
+
+def dampening_fails_on_confusion(poisoning: Side, confusion: Side) -> Verdict:
+    retains = confusion.points("SSD", RETAIN)
+    points = [(a, retains[t][g]) for t, corr in confusion.points("SSD").items() for g, a in corr.items()]
+    corr, retain, slack = confusion.first("original"), confusion.first("original", RETAIN), confusion.tolerance
+    won = [(a, b) for a, b in points if a > corr + slack and b >= retain - slack]
+    said = f"{len(won)} of {len(points)} points of SSD raise Acc_corr of {corr:.1f} and keep Acc_retain of {retain:.1f}"
+    best = max(won, default=None)
+    return (not won, said + (f", best {best[0]:.1f} and {best[1]:.1f}" if best else "")) if points else (None, said)
+
+
+CHECKS: dict[str, Callable[[Side, Side], Verdict]] = {
+    "i": exact_rises, "ii": exact_needs_most, "iii": last_layers_stay, "iv": dampening_heals_early,
+    "v": dampening_fails_on_confusion,
+}  # fmt: skip
+
+
+def line(values: Iterable[float]) -> str:
+    return ", ".join(f"{v:.1f}" for v in values)
+
+
+def check(poisoning: Side, confusion: Side) -> list[dict[str, Any]]:
+    """Each finding with its verdict and numbers; none is told from a manipulation that did no harm."""
+    found = []
+    for finding in json.loads((Path(__file__).parent / "expected.json").read_text())["findings"]:
+        side = confusion if finding["manipulation"] == "confusion" else poisoning
+        told, said = CHECKS[finding["id"]](poisoning, confusion) if side.harmed else (None, "the original is unharmed")
+        verdict = "cannot be told" if told is None else "reproduced" if told else "not reproduced"
+        found.append(finding | {"verdict": verdict, "numbers": said, "tolerance": round(side.tolerance, 2)})
+    return found

@@ -1,0 +1,145 @@
+"""The recipes of the corrective benchmark, and the questions that its reproduction asks."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_corrective import corrective
+
+from vislearn import methods
+from vislearn.cli import parameters
+from vislearn.grid import expand
+from vislearn.networks import OWN
+from vislearn.plan import read_method, read_plan
+
+FOLDER = Path(__file__).parent.parent / "sweeps" / "corrective"
+RECIPES = sorted(FOLDER.glob("*/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def findings() -> Iterator[Any]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import findings
+
+        yield findings
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def sides(findings: Any, change: Any = None) -> list[dict[str, Any]]:
+    """The verdicts on hand-made results, which show every finding unless they are changed."""
+    poisoning, confusion = corrective(), corrective(backdoor=False)
+    for rule in poisoning["rules"]:
+        rule["methods"] = [m for m in rule["methods"] if "dampening=0.1" not in m["title"]]
+    for rule in confusion["rules"]:
+        for m in rule["methods"]:
+            if m["name"] == "SSD":
+                m["metrics"]["corrective/acc_retain"] = [0.4, 0.41, 0.42]
+    if change:
+        change(poisoning["rules"], confusion["rules"])
+    return findings.check(findings.Side.of(poisoning), findings.Side.of(confusion))
+
+
+def test_recipes_come_in_pairs() -> None:
+    names = {p.relative_to(FOLDER).as_posix() for p in RECIPES}
+    assert len(names) == 8
+    assert {n.replace("poisoning", "confusion") for n in names if "poisoning" in n} <= names
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_recipes_name_methods_arguments_and_networks(file: Path) -> None:
+    plan = read_plan(str(file))
+    entries = [read_method(e)[1] for m in plan.methods for e in expand(m)]
+    for entry in entries:
+        arguments = entry.get("init_args", {})
+        assert set(arguments) <= parameters(getattr(methods, entry["class_path"])), entry
+        getattr(methods, entry["class_path"])(**arguments)
+    assert plan.recipe["model"]["init_args"]["arch"] in OWN
+    gammas = [rule["init_args"]["gamma"] for rule in plan.forget]
+    assert gammas == sorted(gammas)
+    assert gammas[-1] == 1
+    expected = {"smoke": 6, "cpu": 8, "paper": 39}[file.parent.name]
+    assert len([e for e in entries if e["class_path"] == "SSD"]) == expected
+
+
+def test_no_two_rules_of_the_full_grid_are_the_same() -> None:
+    """Dampening at or above alpha is the same as both at dampening."""
+    plan = read_plan(str(FOLDER / "paper" / "cifar10_poisoning.yaml"))
+    points = [read_method(e)[1] for m in plan.methods for e in expand(m)]
+    pairs = [(p["init_args"]["alpha"], p["init_args"]["dampening"]) for p in points if p["class_path"] == "SSD"]
+    alphas = (0.1, 1, 10, 50, 100, 500, 1e3, 1e4, 1e5, 1e6)
+    theirs = {(a, round(a * f, 9)) for a in alphas for f in (0.1, 0.5, 1, 5, 10)}
+    same = {(max(a, d), d) for a, d in theirs}
+    assert len(theirs) == 50
+    assert len(pairs) == len(set(pairs)) == len(same) == 39
+    assert set(pairs) == same
+
+
+def test_all_findings_are_told(findings: Any) -> None:
+    found = sides(findings)
+    assert [(f["id"], f["verdict"]) for f in found] == [(i, "reproduced") for i in ("i", "ii", "iii", "iv", "v")]
+    assert all(f["numbers"] and f["published"] and 1 <= f["tolerance"] < 6 for f in found)
+
+
+def early(poisoning: list, confusion: list) -> None:
+    poisoning[1]["models"]["retrained"]["metrics"]["corrective/acc_corr"] = [0.6, 0.6, 0.6]
+
+
+def falls(poisoning: list, confusion: list) -> None:
+    poisoning[3]["models"]["retrained"]["metrics"]["corrective/acc_corr"] = [0.4, 0.4, 0.4]
+
+
+def layers(poisoning: list, confusion: list) -> None:
+    for m in poisoning[3]["methods"]:
+        if m["name"] == "CFk":
+            m["metrics"]["corrective/acc_corr"] = [0.8, 0.8, 0.8]
+
+
+def weak(poisoning: list, confusion: list) -> None:
+    for m in poisoning[0]["methods"]:
+        if m["name"] == "SSD":
+            m["metrics"]["corrective/acc_corr"] = [0.2, 0.2, 0.2]
+
+
+def wins(poisoning: list, confusion: list) -> None:
+    for m in confusion[2]["methods"]:
+        if m["name"] == "SSD":
+            m["metrics"]["corrective/acc_retain"] = [0.91, 0.91, 0.91]
+
+
+@pytest.mark.parametrize(
+    ("change", "fails"), [(early, {"i", "ii"}), (falls, {"i"}), (layers, {"iii"}), (weak, {"iv"}), (wins, {"v"})]
+)
+def test_each_finding_can_fail(findings: Any, change: Any, fails: set[str]) -> None:
+    assert {f["id"] for f in sides(findings, change) if f["verdict"] == "not reproduced"} == fails
+
+
+def test_without_harm_or_a_clean_model_nothing_is_told(findings: Any) -> None:
+    def unharmed(poisoning: list, confusion: list) -> None:
+        for rule in poisoning:
+            rule["models"]["original"]["metrics"]["corrective/acc_corr"] = [0.88, 0.88, 0.88]
+        for rule in confusion:
+            rule["models"].pop("clean")
+
+    assert {f["verdict"] for f in sides(findings, unharmed)} == {"cannot be told"}
+
+
+def test_methods_that_did_not_run_are_said(findings: Any) -> None:
+    def none(poisoning: list, confusion: list) -> None:
+        for rule in (*poisoning, *confusion):
+            for m in rule["methods"]:
+                m |= {"status": "failed", "metrics": {}}
+
+    told = {f["id"]: f["verdict"] for f in sides(findings, none)}
+    assert told == {"i": "reproduced", "ii": "reproduced"} | dict.fromkeys(("iii", "iv", "v"), "cannot be told")
+
+
+def test_the_tolerance_is_pooled_over_the_seeds(findings: Any) -> None:
+    results = corrective()
+    for rule in results["rules"]:
+        for m in rule["models"].values():
+            m["metrics"]["corrective/acc_corr"] = [0.5, 0.54]
+    assert findings.Side.of(results).tolerance == pytest.approx(2 * 100 * 0.04 / 2**0.5)
