@@ -40,7 +40,7 @@ class EmbeddedPairs(Divided):
     """
 
     num_classes, image_size = 0, 1
-    rows = "table"
+    form = "table"
 
     def __init__(self, file: Path, combine: Combine = "compared", test_fraction: float = 0.2, **kwargs: Any) -> None:
         super().__init__(**kwargs)

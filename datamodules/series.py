@@ -77,7 +77,7 @@ class Series(ForgetDataModule):
     """
 
     num_classes = 0
-    rows = "series"
+    form = "series"
 
     def __init__(
         self,
@@ -100,6 +100,7 @@ class Series(ForgetDataModule):
         if not 0 < test_fraction < 1:
             raise UserError(f"test_fraction must lie between 0 and 1, not {test_fraction:g} (--data.test_fraction=0.2)")
         self.window, self.steps_ahead, self.stride, self.flat = window, steps_ahead, stride, flat
+        self.form = "table" if flat else "series"
         where = self._find(Path(file))
         columns = read_columns(where, stamp_of(where))
         used = inputs or [name for name in columns if name != time]

@@ -94,7 +94,7 @@ class Table(Divided):
     """
 
     image_size = 1
-    rows = "table"
+    form = "table"
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Diabetes(ForgetDataModule):
     """
 
     num_classes, channels, image_size = 0, 10, 1
-    rows = "table"
+    form = "table"
 
     def source(self, train: bool) -> Memory:
         return Memory(read_diabetes()[train][0])
@@ -193,7 +193,7 @@ class California(ForgetDataModule):
     """
 
     num_classes, channels, image_size = 0, 8, 1
-    rows = "table"
+    form = "table"
     file = "cal_housing_py3.pkz"
 
     def __init__(self, root: Path = Path("data"), download: bool = False, **kwargs: Any) -> None:

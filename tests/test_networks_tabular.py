@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 from toy_data import refusal
 
-from vislearn.learner import Regressor, from_spec
+from vislearn.data import ForgetDataModule
+from vislearn.datamodules import Diabetes, Digits
+from vislearn.errors import UserError
+from vislearn.learner import Classifier, Regressor, from_spec
 from vislearn.networks import MLP, Network
 from vislearn.networks_tabular import GRU, TFT, GatedResidual, GRULayer, LSTMLayer, SharedAttention, build, serves
+from vislearn.runs import check_head
 
 
 def window(rows: int = 5, steps: int = 7, channels: int = 3) -> Tensor:
@@ -157,3 +161,21 @@ def test_the_forecasters_learn() -> None:
             loss.backward()
             optimizer.step()
         assert loss < 0.3 * y.var()
+
+
+@pytest.mark.parametrize(
+    ("arch", "data", "said"),
+    [
+        ("resnet8", Diabetes(), "a row of Diabetes is a vector, and resnet8 reads an image; give --model.arch=mlp"),
+        ("gru_8", Diabetes(), "gru_8 reads a window of a series; give --model.arch=mlp_128_64"),
+        ("gru_8", Digits(), "a row of Digits is an image, .*; give --model.arch=resnet20"),
+    ],
+)
+def test_a_network_that_cannot_read_the_data_is_refused(arch: str, data: ForgetDataModule, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_head(Regressor(arch, in_channels=4, image_size=1 if arch != "resnet8" else 8), data)
+
+
+def test_a_classifier_on_values_is_refused() -> None:
+    with pytest.raises(UserError, match="Diabetes has values, not classes, as targets; give --model=Regressor"):
+        check_head(Classifier("mlp_8", num_classes=3, in_channels=10, image_size=1), Diabetes())

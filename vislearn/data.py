@@ -57,6 +57,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         mean: mean per channel of pixels in [0, 1], used to normalise; empty for features, which are left as they are.
         std: standard deviation per channel, likewise.
         augmentation: what is done to training images; None for nothing.
+        form: what a row is: "image" (c, h, w), "table", a vector (d,), or "series", a window (t, c).
         together: so many rows that follow each other are views of one thing, and come into one set.
         indices: row numbers of each set, after `setup`; a set that does not exist or is empty is absent, except "val".
 
@@ -85,6 +86,7 @@ class ForgetDataModule(LightningDataModule, ABC):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augmentation: Augment | None = None
+    form: str = "image"
     together: int = 1
 
     def __init__(

@@ -36,10 +36,12 @@ class Network(nn.Module):
     Attributes:
         head: the last linear layer.
         any_size: whether images of other sizes than the one it was built for can be given.
+        reads: the forms of data that it takes.
     """
 
     head: nn.Module
     any_size = True
+    reads: frozenset[str] = frozenset({"image"})
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature maps or tokens, before pooling."""
@@ -173,6 +175,7 @@ class MLP(Network):
     """Two hidden layers of 256 units; takes images or rows of a table (b, d), for which image_size is 1."""
 
     any_size = False
+    reads = frozenset({"image", "table"})
 
     def __init__(self, num_outputs: int, in_channels: int, image_size: int) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ class Perceptron(Network):
     """Hidden layers with ReLU between them, on rows of a table (b, d) or on flattened images."""
 
     any_size = False
-    reads = "table"
+    reads = frozenset({"image", "table"})
 
     def __init__(self, num_outputs: int, inputs: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class SeriesNetwork(Network):
     """A network on windows (b, t, c) of a series: its features are the state at the last step."""
 
     any_size = False
-    reads = "series"
+    reads = frozenset({"series"})
 
     def __init__(self, channels: int) -> None:
         super().__init__()

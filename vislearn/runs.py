@@ -29,6 +29,7 @@ from .errors import UserError
 from .folders import sha256
 from .learner import Learner, from_spec
 from .method import Cache, UnlearningMethod
+from .networks import Network
 from .store import Artifact, Store, key, recipe
 from .trainer import Progress, Resume, Trainer
 
@@ -333,9 +334,21 @@ def check_ledger(artifact: Artifact, data: ForgetDataModule) -> None:
             )
 
 
+FORMS = {"image": "an image", "table": "a vector", "series": "a window of a series"}
+
+
 def check_head(model: Learner, data: ForgetDataModule) -> None:
-    """Refuse a head that does not fit the data."""
+    """Refuse a head, or a network, that does not fit the data."""
     outputs = getattr(model, "num_classes", None)
+    if model.is_classifier and not data.num_classes:
+        raise UserError(f"{data.name} has values, not classes, as targets; give --model=Regressor")
+    network = getattr(model, "network", None)
+    if isinstance(network, Network) and data.form not in network.reads:
+        right = {"image": "resnet20", "table": "mlp_128_64", "series": "gru"}[data.form]
+        arch, reads = getattr(model, "arch", "the network"), " or ".join(FORMS[f] for f in sorted(network.reads))
+        raise UserError(
+            f"a row of {data.name} is {FORMS[data.form]}, and {arch} reads {reads}; give --model.arch={right}"
+        )
     if model.is_classifier and outputs != data.num_classes:
         raise UserError(
             f"the model has {outputs} outputs and {data.name} has {data.num_classes} classes; "

@@ -180,7 +180,7 @@ def search(
         UserError: for a budget or data that cannot be searched, a model that diverges, a state of another search.
     """
     data.setup()
-    candidates, labels = data.ids("train"), data.labels(train=True)
+    candidates, labels = data.ids("train"), data.observed(train=True)
     targets = labels.targets[candidates]
     if not labels.classes and (settings.kind == "classes" or settings.cap is not None):
         raise UserError("these data have values, not classes, as targets: give --kind=rows and no --cap")
