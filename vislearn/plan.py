@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .grid import expand
 from .measure import TIERS, Tier
 from .recipe import load_yaml
 
@@ -75,6 +76,7 @@ def read_plan(file: str | None) -> Plan:
         raise UserError(f"{path}: seed {shared[0]} is in 'seeds' and in 'retrain_seeds'; a retrained model needs a "
                         "seed of its own, or it starts from the original's weights and agrees with it for the wrong "
                         "reason")  # fmt: skip
+    plan.methods = [entry for given in plan.methods for entry in expand(given)]
     plan.title = plan.title or path.stem
     if plan.tuned is not None and not Path(plan.tuned).is_absolute():
         plan.tuned = str(path.parent / plan.tuned)
@@ -83,6 +85,8 @@ def read_plan(file: str | None) -> Plan:
 
 def read_method(item: Any) -> tuple[str | None, dict[str, Any]]:
     """One entry of `methods`: a class name, {Name: {arguments}}, {Name: tuned}, or {class_path, init_args}.
+
+    Grids among the arguments were made entries of their own before (see :mod:`vislearn.grid`).
 
     Returns:
         The title if the entry has one, and the configuration of the method; `init_args` is the word "tuned" where the
