@@ -11,7 +11,7 @@ from vislearn.data import ForgetDataModule, batches
 from vislearn.distill import divergence
 from vislearn.errors import UserError
 from vislearn.fisher import evaluation_mode
-from vislearn.learner import Learner
+from vislearn.learner import Learner, linear_rate
 from vislearn.method import GradientMethod
 from vislearn.trainer import Trainer
 
@@ -257,15 +257,6 @@ class SCRUBR(SCRUB):
 def step_rate(epoch: int, decay_epochs: Sequence[int], decay_rate: float) -> float:
     """The learning rate of an epoch, counted from 1, as a multiple of the first one's."""
     return float(decay_rate ** sum(d < epoch for d in decay_epochs))
-
-
-def linear_rate(step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0, of the corrective benchmark, as a multiple of the peak.
-
-    A hundredth of the steps warms up; behind it the rate falls linearly and reaches a fifth at the end.
-    """
-    warm = steps // 100
-    return (step + 1) / (warm + 1) if step < warm else 1 - (step - warm) / (1.25 * steps)
 
 
 def rewind_epoch(errors: Sequence[float], aim: float) -> int:

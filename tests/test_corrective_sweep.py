@@ -127,6 +127,17 @@ def test_without_harm_or_a_clean_model_nothing_is_told(findings: Any) -> None:
     assert {f["verdict"] for f in sides(findings, unharmed)} == {"cannot be told"}
 
 
+def test_a_wide_scatter_of_seeds_is_no_evidence(findings: Any) -> None:
+    def scattered(poisoning: list, confusion: list) -> None:
+        for rule in confusion:
+            rule["models"]["original"]["metrics"]["corrective/acc_corr"] = [0.2, 0.45, 0.7]
+
+    told = {f["id"]: f for f in sides(findings, scattered)}
+    assert told["v"]["verdict"] == "cannot be told"
+    assert "more seeds are needed" in told["v"]["numbers"]
+    assert told["i"]["verdict"] == "reproduced"
+
+
 def test_methods_that_did_not_run_are_said(findings: Any) -> None:
     def none(poisoning: list, confusion: list) -> None:
         for rule in (*poisoning, *confusion):

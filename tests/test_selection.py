@@ -93,3 +93,11 @@ def test_other_rules_and_rules_without_numbers_are_in_no_course() -> None:
         group["metrics"] = {}
     assert [gamma_of(r) for r in rules] == [None, None, 0.5, 1.0]
     assert [[gamma for gamma, _ in c.rules] for c in courses(rules)] == [[1.0]]
+
+
+def test_a_model_that_collapsed_is_chosen_only_where_all_did() -> None:
+    ruined = entry("SSD", [0.9], [0.9], settings={"alpha": 1}, flags=["collapsed: retain accuracy fell"])
+    sound = entry("SSD", [0.4], [0.4], settings={"alpha": 2}, flags=["no different from the original model"])
+    assert select(rule(ruined, sound)).of("SSD").entry is sound
+    assert select(rule(sound, ruined)).of("SSD").settings == 2
+    assert select(rule(ruined)).of("SSD").entry is ruined

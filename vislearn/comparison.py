@@ -55,6 +55,7 @@ def compare(
     out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
     out["warnings"] += headline_missing(out["models"]["original"])
     out["warnings"] += void(out["models"]["original"])
+    out["warnings"] += still_spoiled(sets)
     out["warnings"] += uninformative(*(out["models"][k]["metrics"] for k in ("original", "retrained")))
     if len(retrained) < 2:
         out["floor_note"] = (
@@ -94,6 +95,16 @@ def headline_missing(original: Mapping[str, Any]) -> list[str]:
     if "forget/mia_entropy" in original["metrics"] or "retain/accuracy" not in original["metrics"]:
         return []
     return [f"original: {note}" for note in original["absent"] if note.startswith("no membership attack")]
+
+
+def still_spoiled(sets: ev.Sets) -> list[str]:
+    """Say that retrained models are no aim where they were trained on a part of the spoiled rows."""
+    rows = len(sets.get("unidentified", ()))
+    said = (
+        f"the retrained models were trained on {rows} spoiled rows that nobody identified: being close to them is no "
+        "success; look at Acc_corr and at the clean models"
+    )
+    return [said] if rows else []
 
 
 class Benches:

@@ -71,6 +71,9 @@ class Course:
 def select(rule: Mapping[str, Any], by: By = "deployable") -> Selection:
     """One setting for each class of methods: the one whose score has the highest mean over seeds, the first of equals.
 
+    A setting that collapsed the model is taken only where all of its class did: a model that has forgotten everything
+    has half of either score for certain. That it collapsed shows on the retain set, which a developer has.
+
     Args:
         rule: one of `results["rules"]`.
         by: `deployable` reads what a developer has, the forget set with the labels it came with and validation rows:
@@ -93,12 +96,17 @@ def select(rule: Mapping[str, Any], by: By = "deployable") -> Selection:
             left_out.append((str(entry.get("title") or name), reason))
             continue
         counts[name] = counts.get(name, 0) + 1
-        score = fmean(values)
-        if name not in best or score > best[name].score:
-            best[name] = Choice(name, entry, score)
+        choice = Choice(name, entry, fmean(values))
+        if name not in best or rank(choice) > rank(best[name]):
+            best[name] = choice
     every = rule.get("methods") or []
     chosen = (replace(c, settings=counts[c.name], setting=told_apart(c.entry, every)) for c in best.values())
     return Selection(tuple(chosen), tuple(left_out))
+
+
+def rank(choice: Choice) -> tuple[bool, float]:
+    """What is larger for a better choice."""
+    return not any(str(flag).startswith("collapsed") for flag in choice.entry.get("flags") or ()), choice.score
 
 
 def told_apart(entry: Mapping[str, Any], methods: Iterable[Mapping[str, Any]]) -> str:

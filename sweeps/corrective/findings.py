@@ -58,10 +58,20 @@ class Side:
         return (value - self.first("original")) / (self.first("clean") - self.first("original"))
 
     @property
-    def harmed(self) -> bool:
-        """Whether the manipulation cost the original model anything; without that there is nothing to correct."""
-        known = self.model("clean") and self.model("original")
-        return bool(known) and self.first("clean") - self.first("original") > max(5.0, 2 * self.tolerance)
+    def silent(self) -> str:
+        """Why nothing can be told from this side, "" where something can.
+
+        A shift that would count has to be larger than what seeds do by themselves; otherwise "barely moves" is true of
+        everything.
+        """
+        if not (self.model("clean") and self.model("original")):
+            return "there is no clean or no original model"
+        harm = self.first("clean") - self.first("original")
+        if harm < 5:
+            return f"the manipulation took {harm:.1f} points of the original's Acc_corr: nothing to correct"
+        if self.tolerance > NEAR * harm:
+            return f"seeds differ by more than a quarter of the harm of {harm:.1f} points: more seeds are needed"
+        return ""
 
 
 def exact_rises(poisoning: Side, confusion: Side) -> Verdict:
@@ -126,7 +136,7 @@ def check(poisoning: Side, confusion: Side) -> list[dict[str, Any]]:
     found = []
     for finding in json.loads((Path(__file__).parent / "expected.json").read_text())["findings"]:
         side = confusion if finding["manipulation"] == "confusion" else poisoning
-        told, said = CHECKS[finding["id"]](poisoning, confusion) if side.harmed else (None, "the original is unharmed")
+        told, said = (None, side.silent) if side.silent else CHECKS[finding["id"]](poisoning, confusion)
         verdict = "cannot be told" if told is None else "reproduced" if told else "not reproduced"
         found.append(finding | {"verdict": verdict, "numbers": said, "tolerance": round(side.tolerance, 2)})
     return found

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from toy_stream import quiet_trainer, taught
-from vislearn.methods.scrub import SCRUB, SCRUBR, class_shares, error, linear_rate, rewind_epoch, step_rate
+from vislearn.methods.scrub import SCRUB, SCRUBR, class_shares, error, rewind_epoch, step_rate
 
 from vislearn.datamodules import Digits
 from vislearn.errors import UserError
 from vislearn.forget import ClassForget, RandomForget
-from vislearn.learner import Classifier, Learner, Regressor
+from vislearn.learner import Classifier, Learner, Regressor, linear_rate
 
 
 def digits(forget: Any = None, **kwargs: Any) -> Digits:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_stream import Wrapped
-from vislearn.methods.scrub import SCRUB, linear_rate, rewind_epoch
+from vislearn.methods.scrub import SCRUB, rewind_epoch
 
 from vislearn import distill
 from vislearn.data import ForgetDataModule, Labels, Memory
+from vislearn.learner import linear_rate
 from vislearn.metrics.accuracy import accuracy
 from vislearn.trainer import Trainer
 
