@@ -256,6 +256,14 @@ def test_without_retrained_models_the_command_that_makes_one_is_said(
         (["fit", "-c", "recipe.yaml", "--model.arch=resnet21"], ["resnet21", "resnet20"]),
         (["fit", "-c", "recipe.yaml", "--model.learning_rate=1"], ["learning_rate"]),
         (["fit", "-c", "recipe.yaml", "--data=Digit"], ["Digit", "Digits"]),
+        (["fit", "-c", "recipe.yaml", "--data.forget=ClasForget"],
+         ["--data: there is no class 'ClasForget' for forget; did you mean 'ClassForget'?"]),
+        (["fit", "-c", "recipe.yaml", "--data.forget=ClassForget", "--data.forget.clases=[3]"],
+         ["--data.forget: Option 'clases' is not accepted (did you mean 'classes'?)"]),
+        (["fit", "-c", "recipe.yaml", "--data.manipulation=Backdor"], ["Backdor", "Backdoor"]),
+        (["fit", "-c", "recipe.yaml", "--data.manipulation=Backdoor", "--data.manipulation.size=9"],
+         ["square of 9 pixels", "--data.manipulation.size="]),
+        (["unlearn", "-c", "recipe.yaml", "--data.forget=IdentifiedForget", "--method=SSD"], ["--data.manipulation"]),
         (["fit", "-c", "missing.yaml"], ["missing.yaml"]),
         (["fit", "-c", "typo.yaml"], ["modle", "model"]),
         (["fit", "-c", "broken.yaml"], ["broken.yaml"]),
@@ -296,6 +304,7 @@ def test_a_fault_is_one_clear_line(
     save_file({k: v.contiguous() for k, v in seven.items()}, "head.safetensors")
     said = fault(capsys, *argv)
     assert all(word in said for word in words), said
+    assert "NoneType" not in said
     assert len(said) < 700
     assert not Path("owned").exists()
 

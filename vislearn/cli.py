@@ -43,6 +43,15 @@ UNKNOWN = re.compile(
 )
 NO_CLASS = re.compile(r"^(?:Parser key \"(\w+)\")?.*Expected a dot import path string: (\S+).*")
 
+# what other types than the one that was meant would have wanted
+NOISE = re.compile(
+    r"Does not validate against any of the Union subtypes.*?(?=- )|Problem with given class_path "
+    r"| ?- Expected a <class 'NoneType'> Given value type: <class '[\w.]+'> "
+    r"Given value: (?:NestedArg\(.*?\)(?= - |$)|\S+)"
+)
+QUOTED = re.compile(r'"([^"]+)"')
+PARSER_KEYS = re.compile(r"^(?:Parser key \"[^\"]+\": - )+")
+
 
 def one_line(message: str, parser: Any) -> str:
     """The heart of a parser's message, with the nearest known name where a name is unknown."""
@@ -54,11 +63,15 @@ def one_line(message: str, parser: Any) -> str:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "a class of your own is named with its module, my_file.Mine"
         return f"there is no class '{name}' for {where or 'this option'}; {hint}"
-    noise = r"Does not validate against any of the Union subtypes.*?(?=- )|Problem with given class_path "
-    text = re.sub(noise, "", text)
+    text = NOISE.sub("", text)
+    keys = PARSER_KEYS.match(text)
+    if keys:  # where it is, as the option is written
+        option = ".".join(QUOTED.findall(keys[0]))
+        inner = re.sub(r"^--([\w.]+: )", r".\1", text[keys.end() :])  # an option within an option is said in one
+        text = f"--{option}{inner}" if inner.startswith(".") else f"--{option}: {inner}"
     unknown = UNKNOWN.findall(text)
     near_one = next(filter(None, (near_name(name, parser, text) for name in reversed(unknown))), None)
-    if near_one:
+    if near_one and "did you mean" not in text:
         text += f" (did you mean '{near_one}'?)"
     return text if len(text) <= 600 else f"{text[:300]} ... {text[-280:]}"
 

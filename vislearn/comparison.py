@@ -55,7 +55,7 @@ def compare(
     out["warnings"] += [w for s in retrained for w in ev.check_retrained(s, sets, out["kind"])]
     out["warnings"] += headline_missing(out["models"]["original"])
     out["warnings"] += void(out["models"]["original"])
-    out["warnings"] += still_spoiled(sets)
+    out["warnings"] += still_spoiled(sets) if retrained else []
     out["warnings"] += uninformative(*(out["models"][k]["metrics"] for k in ("original", "retrained")))
     if len(retrained) < 2:
         out["floor_note"] = (
