@@ -1,4 +1,7 @@
-"""The unlearning methods, one file per paper."""
+"""The unlearning methods, one file per paper: of networks in `__all__`, scikit-learn estimators in `ESTIMATORS`."""
+
+import importlib
+import typing
 
 from .amnesiac import Amnesiac, AmnesiacML
 from .attention_shift import AttentionShift
@@ -85,3 +88,40 @@ __all__ = [
     "SimNPO",
     "SimSat",
 ]
+
+# what `vislearn classical` offers, and the file of each: fitted, not trained, so no entries of the zoo above; loaded
+# when they are asked for, because scikit-learn takes a second to import
+ESTIMATORS = {
+    "CertifiedRemoval": "certified_removal",
+    "DCKMeans": "quantised_k_means",
+    "DaRE": "dare_forest",
+    "ExactBernoulliNB": "naive_bayes",
+    "ExactGaussianNB": "naive_bayes",
+    "ExactKNeighborsClassifier": "k_nearest_neighbours",
+    "ExactKNeighborsRegressor": "k_nearest_neighbours",
+    "ExactMultinomialNB": "naive_bayes",
+    "ExactRidge": "linear_regression",
+    "InfluenceLogistic": "influence_removal",
+    "InfluenceRidge": "influence_removal",
+    "QKMeans": "quantised_k_means",
+}
+
+if typing.TYPE_CHECKING:
+    from .certified_removal import CertifiedRemoval as CertifiedRemoval
+    from .dare_forest import DaRE as DaRE
+    from .influence_removal import InfluenceLogistic as InfluenceLogistic
+    from .influence_removal import InfluenceRidge as InfluenceRidge
+    from .k_nearest_neighbours import ExactKNeighborsClassifier as ExactKNeighborsClassifier
+    from .k_nearest_neighbours import ExactKNeighborsRegressor as ExactKNeighborsRegressor
+    from .linear_regression import ExactRidge as ExactRidge
+    from .naive_bayes import ExactBernoulliNB as ExactBernoulliNB
+    from .naive_bayes import ExactGaussianNB as ExactGaussianNB
+    from .naive_bayes import ExactMultinomialNB as ExactMultinomialNB
+    from .quantised_k_means import DCKMeans as DCKMeans
+    from .quantised_k_means import QKMeans as QKMeans
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in ESTIMATORS:
+        return getattr(importlib.import_module(f".{ESTIMATORS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -265,11 +265,15 @@ def fit(weights: Weights, arch: str, norm: Norm, size: int) -> dict[str, int]:
         with torch.device("meta"):  # shapes alone: no memory, and no random numbers are drawn
             return build(arch, outputs, channels, size, norm).state_dict()
 
-    target = template(1, 1)
+    try:
+        target = template(1, 1)
+    except UserError:  # not for images of this size
+        return {}
     named = match(weights, target)
     if shapes(named).keys() != shapes(target).keys():
         return {}
-    first, head = named[next(iter(target))], named["head.weight"]
+    last = [name for name in target if name.startswith("head.") and name.endswith("weight")][-1]
+    first, head = named[next(iter(target))], named[last]
     if first.ndim < 2 or head.ndim != 2:
         return {}
     if shapes(named) != shapes(template(head.shape[0], first.shape[1])):

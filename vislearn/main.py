@@ -15,6 +15,8 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   measure     one tier's findings on one stored model, as `benchmark` and `evaluate` make them
   hardest     the forget set that leaves the least trace, by a search or a ranking, as a file of row numbers
   methods     what every unlearning method reads, serves and costs, as a table
+  sisa        plan, fit, delete, retrain, status, predict, verify: an ensemble that forgets rows exactly
+  classical   scikit-learn estimators that forget rows, against refitting
   store       ls, show, verify, explain, gc over the stored models
 
   vislearn benchmark
@@ -27,7 +29,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
 
   --version   print the version
 """
-VERBS = ("benchmark", "fit", "unlearn", "evaluate", "hardest", "measure", "methods", "store")
+VERBS = ("benchmark", "fit", "unlearn", "evaluate", "hardest", "measure", "methods", "sisa", "classical", "store")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,6 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         from .store_cli import main as store
 
         raise SystemExit(store(argv[1:]))
+    if argv[0] == "sisa":
+        if "" not in sys.path:  # an estimator of the user's own
+            sys.path.append("")
+        from .sisa_cli import main as sisa
+
+        raise SystemExit(sisa(argv[1:]))
     if argv[0] not in VERBS:
         from difflib import get_close_matches
 
@@ -58,6 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         from .capabilities import main as methods
 
         raise SystemExit(methods(argv[1:]))
+    if argv[0] == "classical":
+        from .classical_cli import main as classical
+
+        raise SystemExit(classical(argv[1:]))
     from . import cli
 
     if argv[0] == "benchmark":

@@ -9,8 +9,9 @@ carries its number and the sha256 of the payload before it, so that a record tha
 Requests sent together are one record: all of them are acknowledged, or none.
 
 A crash leaves at most one unfinished record, at the end. The next writer cuts it off, keeps what it cut beside the log
-and says so; nobody was told that this record is there. A bad record with whole records behind it is no crash but damage:
-the log is refused, because requests would be lost in silence. Damage to the last record alone looks like a crash.
+and says so; nobody was told that this record is there. A bad record with whole records behind it is no crash but
+damage: the log is refused, because requests would be lost in silence. Damage to the last record alone looks like a
+crash.
 
 Records are of three kinds: `delete` (requests), `plan` (what is about to be trained again, and which models that
 replaces) and `done` (the requests that are carried out, with the sha256 of their receipts).
@@ -38,7 +39,6 @@ from vislearn.folders import fsync
 
 VERSION = 1
 HEADER = re.compile(rb"vislearn-sisa-log (\d{1,4}) ([0-9a-f]{32})\n")
-LONGEST_HEADER = 64
 FRAME = struct.Struct("<II")
 LONGEST_ID = 200
 PATIENCE = 10.0  # seconds a writer waits for another one
@@ -134,7 +134,9 @@ class State:
                 if self.plan and all(name in self.done for name in self.plan["requests"]):
                     self.plan = None
             else:
-                raise UserError(f"record {number} of {where} is of the unknown kind {kind!r}; a newer vislearn wrote it")
+                raise UserError(
+                    f"record {number} of {where} is of an unknown kind, {kind!r}; a newer vislearn wrote it"
+                )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"record {self.records} of {where} is not one of this log ({error!r})") from None
         self.records, self.last = self.records + 1, digest
@@ -165,8 +167,10 @@ def parse(data: bytes, path: Path) -> State:
     if head is None:
         raise UserError(f"{path} is not a request log, or its beginning is damaged; restore it from a copy")
     if int(head[1]) != VERSION:
-        raise UserError(f"{path} has version {int(head[1])} of the log's format, and this vislearn writes {VERSION}; use "
-                        "the vislearn that wrote it")  # fmt: skip
+        raise UserError(
+            f"{path} has version {int(head[1])} of the log's format, and this vislearn writes {VERSION}; "
+            "use the vislearn that wrote it"
+        )
     state = State(head[0], last=hashlib.sha256(head[0]).hexdigest(), end=head.end())
     while (payload := _payload(data, state.end)) is not None:
         state.take(payload, path)
@@ -217,6 +221,8 @@ class RequestLog:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
             if self.state.torn:
                 self._cut()
+            os.fsync(self._file)  # a writer may have been killed between its write and its flush
+            fsync(path.parent)
         except BaseException:
             self.close()
             raise
@@ -263,7 +269,9 @@ class RequestLog:
             known = self.state.requests.get(request.id)
             before = known.request if known else fresh.get(request.id)
             if before is not None and before.rows != request.rows:
-                raise UserError(f"the request id {request.id!r} was used before for other rows; give another, --request=ID")
+                raise UserError(
+                    f"the request id {request.id!r} stands for other rows already; give another, --request=ID"
+                )
             if before is None:
                 fresh[request.id] = request
         if fresh:
@@ -276,7 +284,7 @@ class RequestLog:
         self._append("plan", {"requests": list(requests), "shards": dict(shards)})
 
     def done(self, receipts: Mapping[str, str]) -> None:
-        """Record that requests are carried out, with the sha256 of their receipts; those that are done stay as they are."""
+        """Record that requests are carried out, with the sha256 of their receipts; what is done stays as it is."""
         new = {name: sha for name, sha in receipts.items() if name not in self.state.done}
         if unknown := new.keys() - self.state.requests.keys():
             raise ValueError(f"no such requests: {sorted(unknown)}")
@@ -319,10 +327,11 @@ class RequestLog:
         beside.write_bytes(self.path.read_bytes()[end:])
         fsync(beside)
         os.ftruncate(self._file, end)
-        os.fsync(self._file)
         self.state.torn = 0
-        self.recovered = (f"the last {size} bytes of {self.path} were no whole record, as a crash leaves them; they were "
-                          f"cut off, nothing acknowledged is lost, and they are kept in {beside.name}")  # fmt: skip
+        self.recovered = (
+            f"the last {size} bytes of {self.path} were no whole record, as a crash leaves them; they were cut off, "
+            f"nothing acknowledged is lost, and they are kept in {beside.name}"
+        )
 
 
 def _write(descriptor: int, data: bytes) -> None:

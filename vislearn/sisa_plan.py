@@ -1,9 +1,9 @@
 r"""What a stream of deletion requests costs a SISA ensemble, before anything is trained.
 
 N rows lie in S shards of R slices. Step r of a shard trains e_r epochs on its slices 1..r, so that a request for a row
-of slice r repeats the steps r..R. Costs are rows x epochs that are run again; requests choose rows uniformly and without
-looking at the models. The closed forms are the paper's; `expected_cost` is exact for any sizes and batches: with p rows
-in slices 1..j of a shard, a batch of B requests after t others repeats step j on
+of slice r repeats the steps r..R. Costs are rows x epochs that are run again; requests choose rows uniformly and
+without looking at the models. The closed forms are the paper's; `expected_cost` is exact for any sizes and batches:
+with p rows in slices 1..j of a shard, a batch of B requests after t others repeats step j on
 
 .. math:: p \, \frac{N - t - B}{N} \Bigl(1 - \binom{N - p}{B} / \binom{N - 1}{B}\Bigr)
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ from numpy.typing import ArrayLike, NDArray
 from vislearn.errors import UserError
 
 Ints = NDArray[np.int64]
-SHARDS, SLICES = (1, 2, 3, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10, 20, 50)
 MOST_SHARDS = 20  # beyond it the paper lost more than five points of accuracy even on simple tasks
+SHARDS, SLICES = (1, 2, 3, 5, 10, MOST_SHARDS), (1, 2, 3, 5, 10, 20, 50)
 NEAR = 0.05  # a plan that costs at most this much more than the cheapest is as good, and the smallest of them is better
 
 
@@ -47,7 +48,7 @@ def epochs_per_slice(epochs: int, slices: int, check: bool = True) -> tuple[int,
     if epochs < 1 or slices < 1:
         raise UserError(f"epochs and slices are at least 1, not {epochs} and {slices} (--epochs, --slices)")
     ends = [2 * epochs * r // (slices + 1) for r in range(slices + 1)]
-    schedule = tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+    schedule = tuple(b - a for a, b in pairwise(ends))
     if check and schedule[-1] == 0:
         raise UserError(
             f"{epochs} epochs are too few for {slices} slices: the rows of the last slice would never be trained on; "
@@ -106,7 +107,7 @@ def expected_cost(counts: ArrayLike, epochs: Sequence[int], requests: int, batch
     prefix = np.cumsum(np.asarray(counts, dtype=np.int64), axis=1)
     n = int(prefix[:, -1].sum())
     if not 0 <= requests <= n or batch < 1:
-        raise UserError(f"requests lie between 0 and the {n} rows and a batch holds at least one, not {requests}, {batch}")
+        raise UserError(f"requests lie between 0 and {n} and a batch holds at least one, not {requests} and {batch}")
     weight = prefix * np.asarray(epochs, dtype=np.float64)
     total, served = 0.0, 0
     hit: dict[int, float] = {}  # of a batch size: what a batch costs, but for the rows that are left
@@ -156,7 +157,7 @@ def simulate(shard: ArrayLike, slice_: ArrayLike, epochs: Sequence[int], batches
 
 
 def distribution_aware(probability: ArrayLike, cap: float) -> Ints:
-    """(n,) the shard of each row, so that a shard expects fewer than `cap` requests: few large shards of rows that stay.
+    """(n,) the shard of each row; a shard expects fewer than `cap` requests, so that rows that stay share large shards.
 
     Rows are taken by rising probability; one that would bring the open shard to `cap` opens the next.
 
@@ -270,7 +271,7 @@ def recommend(
         best = accuracy[min(accuracy)]
         allowed = [s for s in sorted(accuracy) if best - accuracy[s] <= max_drop]
     else:
-        allowed = [s for s in SHARDS if s <= MOST_SHARDS]
+        allowed = list(SHARDS)
     found = []
     for s in allowed:
         for r in SLICES:
@@ -286,9 +287,10 @@ def recommend(
     if accuracy:
         notes.append(f"measured accuracy {accuracy[s]:.3f} with {s} shards, {best:.3f} with {min(accuracy)}")
     else:
-        notes.append(f"no accuracy was measured: up to {MOST_SHARDS} shards are considered, beyond which the paper lost "
-                     "more than five points on simple tasks; on hard ones (ImageNet) 20 shards lost 19; measure 1, 5, "
-                     "10 and 20 shards on your data")  # fmt: skip
+        notes.append(
+            f"no accuracy was measured: up to {MOST_SHARDS} shards are considered, beyond which the paper lost more "
+            "than five points on simple tasks; on ImageNet 20 shards lost 19; measure 1, 5, 10 and 20 on your data"
+        )
     if min(batch, requests) >= 3 * s:
         notes.append(f"a batch of {min(batch, requests)} reaches nearly every one of {s} shards: it costs about a "
                      f"retraining; smaller batches than {3 * s} gain more")  # fmt: skip
