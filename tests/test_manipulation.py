@@ -10,7 +10,7 @@ from torch import Tensor
 from vislearn.data import ForgetDataModule, Labels
 from vislearn.datamodules import Digits
 from vislearn.errors import UserError
-from vislearn.forget import ClassForget
+from vislearn.forget import ClassForget, HoldOut
 from vislearn.manipulation import Backdoor, BadRows, ClassConfusion, IdentifiedForget, LabelNoise, Manipulation
 from vislearn.metrics.corrective import attack_success, recovery
 
@@ -175,6 +175,22 @@ def test_rules_and_scikit_learn_see_the_labels_that_training_sees() -> None:
     assert (seen[data.ids("forget")] == 3).all()
     assert (data.truth()[data.ids("forget")] != 3).any()
     assert torch.equal(torch.from_numpy(data.arrays("train")[1]), seen[data.ids("train")])
+
+
+class Half(HoldOut):
+    """Holds every other row of D out."""
+
+    def divide(self, train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+        return train[::2], val
+
+
+def test_what_is_spoiled_does_not_depend_on_rows_that_are_held_out() -> None:
+    whole = digits(Backdoor(count=100), forget=IdentifiedForget(0.5))
+    half = digits(Backdoor(count=100), forget=IdentifiedForget(0.5), hold_out=Half())
+    for name in ("manipulated", "forget"):
+        assert torch.equal(half.ids(name), whole.ids(name)[torch.isin(whole.ids(name), half.ids("train"))])
+        assert 0 < len(half.ids(name)) < len(whole.ids(name))
+    assert torch.equal(half.observed(train=True).targets, whole.observed(train=True).targets)
 
 
 class Features(Digits):

@@ -120,13 +120,6 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
     full = resolve(**base)
     for seed in plan.seeds:
         sheet.originals[seed] = job("fit", f"original, seed {seed}", length, full, seed_everything=seed)
-    manipulation = resolve.data(full).manipulation
-    if manipulation is not None and manipulation.knows_truth:
-        without = resolve(**{**base, "data": with_arguments(base["data"], clean=True)})
-        sheet.clean = {
-            seed: job("fit", f"clean, seed {seed}", length, without, seed_everything=seed)
-            for seed in plan.retrain_seeds
-        }
     methods, tuned = [read_method(m) for m in plan.methods], Tuned(plan.tuned)
     model = resolve.model(full)
     for i, rule in enumerate(plan.forget):
@@ -159,6 +152,12 @@ def lay_out(plan: Plan, store: Store, resolve: Resolver) -> Sheet:
                           [sheet.originals[seed]], seed_everything=seed, unlearn_seed=seed)
                 for seed in plan.seeds
             }  # fmt: skip
+    manipulation = sheet.data[0].manipulation
+    if manipulation is not None and manipulation.knows_truth:
+        full = resolve(**{**base, "data": with_arguments(base["data"], clean=True)})
+        sheet.clean = {
+            seed: job("fit", f"clean, seed {seed}", length, full, seed_everything=seed) for seed in plan.retrain_seeds
+        }
     for i, full in enumerate(sheet.configs):
         measuring(sheet, i, full, plan.evaluation, store)
     # originals first, then the long retrainings, then what waits for the originals

@@ -14,11 +14,11 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import audit, datamodules, methods, progress, runs
+from . import forget_values as forget_values  # so that the parser knows its names
 from .arguments import config_of_artifact, fit_command, own_defaults, retrain_command
 from .comparison import flat
 from .data import ForgetDataModule
 from .errors import UserError
-from .forget_values import BandForget, QuantileForget, TimeForget
 from .learner import Classifier, Learner, Regressor
 from .method import UnlearningMethod
 from .store import Store
@@ -35,8 +35,8 @@ class Parser(LightningArgumentParser):
 TOP = ("config", "data", "downstream", "evaluation", "method", "model", "original", "retrained", "seed_everything",
        "shadows", "store", "trainer", "unlearn_seed", "unlearned")  # fmt: skip
 RULES = ("ClassForget", "SubclassForget", "RandomForget", "IndexForget", "GroupForget", "IdentifiedForget",
-         BandForget.__name__, QuantileForget.__name__, TimeForget.__name__)  # fmt: skip
-MANIPULATIONS = ("Backdoor", "ClassConfusion", "LabelNoise", "BadRows")
+         "BandForget", "QuantileForget", "TimeForget",
+         "Backdoor", "ClassConfusion", "LabelNoise", "BadRows")  # fmt: skip
 UNKNOWN = re.compile(
     r"(?:[Uu]nrecognized arguments?|[Oo]ption|[Kk]ey|No action for key|Group|accept nested key) *:? *"
     r"['\"]?-{0,2}([\w.]+)"
@@ -59,7 +59,7 @@ def one_line(message: str, parser: Any) -> str:
     no_class = NO_CLASS.match(text)
     if no_class:
         where, name = no_class.groups()
-        known = [*methods.__all__, *datamodules.__all__, "Classifier", "Regressor", *RULES, *MANIPULATIONS]
+        known = [*methods.__all__, *datamodules.__all__, "Classifier", "Regressor", *RULES]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "a class of your own is named with its module, my_file.Mine"
         return f"there is no class '{name}' for {where or 'this option'}; {hint}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .augment import Augment
 from .errors import UserError
-from .forget import Forget, HoldOut, Labels, Manipulated, checked
+from .forget import Forget, HoldOut, Labels, checked
 from .loader import Loader, ZippedLoaders, batches, zip_loaders
 from .manipulation import Image, Manipulation, Stamp
 from .sources import Files, Memory, Source, sha256
@@ -130,8 +130,8 @@ class ForgetDataModule(LightningDataModule, ABC):
         self._allowed: frozenset[str] | None = None
         self._device: torch.device | str = "cpu"
         self._sources: dict[bool, Source] = {}
-        self._manipulated: Manipulated | None = None
-        self._observed: Labels | None = None
+        self._observed: Labels | None = None  # of the training split, where a manipulation changed it
+        self._stamps: dict[str, Stamp] = {}  # what is written into spoiled rows, and into triggered ones
 
     @abstractmethod
     def source(self, train: bool) -> Source:
@@ -148,10 +148,6 @@ class ForgetDataModule(LightningDataModule, ABC):
         self.setup()
         assert self._observed is not None
         return self._observed
-
-    def is_manipulated(self, ids: Tensor) -> Tensor:
-        """(k,) bool, which of these rows of the official training split were spoiled."""
-        return torch.isin(ids, self.indices.get("manipulated", ids[:0]))
 
     def truth(self) -> Tensor:
         """(n,) labels of the official training split before the manipulation."""
@@ -170,13 +166,19 @@ class ForgetDataModule(LightningDataModule, ABC):
         order = (units[:, None] * self.together + torch.arange(self.together)).flatten()[: self.train_rows]
         train, val = self.carve(order)
         test_labels = self.labels(train=False)
+        if self.manipulation is not None:  # before rows are held out: what is spoiled does not depend on that
+            labels = self._spoil(self.manipulation, labels, train)
         if self.hold_out is not None:
             train, val = self.hold_out.divide(train, val)
             self.held_out = order[~torch.isin(order, torch.cat([train, val]))].sort().values
         sets = {"train": train, "val": val, "test": torch.arange(len(test_labels)), "retain": train}
-        if self.manipulation is not None:
-            labels = self._spoil(labels, train)
-            sets |= self._spoiled_sets(test_labels)
+        if self.manipulation is not None and labels.manipulated is not None:
+            sets["manipulated"] = train[torch.isin(train, labels.manipulated.rows)]
+            if self.manipulation.stamps:
+                sets["triggered"] = sets["test"].clone()  # tensors that are stored side by side share no memory
+            harmed = self.manipulation.domain(test_labels)
+            if harmed is not None:
+                sets |= {"test_affected": sets["test"][harmed], "test_unaffected": sets["test"][~harmed]}
         if self.forget is not None:
             forget = checked(self.forget, self.forget.indices(labels, train), train, n)
             sets |= {"forget": forget, "retain": train[~torch.isin(train, forget)]}
@@ -196,35 +198,20 @@ class ForgetDataModule(LightningDataModule, ABC):
         size = max(each, int(self.val_fraction * len(order) + 1e-9) // each * each) if self.val_fraction else 0
         return order[size:].sort().values, order[:size].sort().values
 
-    def _spoil(self, labels: Labels, train: Tensor) -> Labels:
-        """The labels of the training split after the manipulation."""
-        assert self.manipulation is not None
-        self._manipulated = self.manipulation.draw(labels, train)
-        targets = labels.targets.clone()
-        targets[self._manipulated.rows] = self._manipulated.targets.to(targets.dtype)
-        self._observed = replace(labels, targets=targets, manipulated=self._manipulated)
-        self._stamp(None)  # a stamp that does not fit is refused before anything is trained
-        return self._observed
-
-    def _spoiled_sets(self, test_labels: Labels) -> dict[str, Tensor]:
-        """The sets that a manipulation makes: spoiled rows, stamped test images, test rows that it harms or not."""
-        assert self.manipulation is not None
-        assert self._manipulated is not None
-        sets = {"manipulated": self._manipulated.rows.sort().values}
-        if self.manipulation.stamps:
-            sets["triggered"] = torch.arange(len(test_labels))
-        harmed = self.manipulation.domain(test_labels)
-        if harmed is not None:
-            sets |= {"test_affected": harmed.nonzero().flatten(), "test_unaffected": (~harmed).nonzero().flatten()}
-        return sets
-
-    def _stamp(self, rows: Tensor | None) -> Stamp | None:
-        """What the manipulation writes into the images of these rows, (n,) bool; None for all."""
-        assert self.manipulation is not None
-        if self.manipulation.stamps and not self.mean:
-            raise UserError(f"{type(self.manipulation).__name__} writes into images, and {self.name} has none; choose "
+    def _spoil(self, manipulation: Manipulation, labels: Labels, train: Tensor) -> Labels:
+        """The labels of the training split after the manipulation, with what it writes into images found too."""
+        if manipulation.stamps and not self.mean:
+            raise UserError(f"{type(manipulation).__name__} writes into images, and {self.name} has none; choose "
                             "another manipulation, such as --data.manipulation=LabelNoise")  # fmt: skip
-        return self.manipulation.stamp(Image(self.image_size, self.mean, self.std, self._largest), rows)
+        spoiled = manipulation.draw(labels, train)
+        targets, inside = labels.targets.clone(), torch.zeros(len(labels), dtype=torch.bool)
+        targets[spoiled.rows] = spoiled.targets.to(targets.dtype)
+        inside[spoiled.rows] = True
+        self._observed = replace(labels, targets=targets, manipulated=spoiled)
+        if manipulation.stamps:
+            stamp = manipulation.stamp(Image(self.image_size, self.mean, self.std, self._largest))
+            self._stamps = {"triggered": stamp, "manipulated": replace(stamp, rows=inside)}
+        return self._observed
 
     def _largest(self) -> float:
         """The largest value of a normalised training image; of images in files, that of a white pixel."""
@@ -252,15 +239,13 @@ class ForgetDataModule(LightningDataModule, ABC):
             UserError: when the set does not exist or is empty.
         """
         triggered = isinstance(name, str) and name == "triggered"
-        test = held_out if isinstance(name, Tensor) else name.startswith("test") or triggered
+        test = held_out if isinstance(name, Tensor) else triggered or name.startswith("test")
         self._check_reading(name, held_out)
         ids = name if isinstance(name, Tensor) else self.ids(name)
         if len(ids) == 0:
             raise UserError("a loader needs at least one row")
         before = self.clean and train and not test  # as the rows were before the manipulation
-        stamp = None
-        if self.manipulation is not None and self.manipulation.stamps and (triggered or not (test or before)):
-            stamp = self._stamp(None if triggered else self._spoiled_rows())
+        carried = "triggered" if triggered else "" if test or before else "manipulated"
         return Loader(
             self._source(train=not test),
             self.truth() if before else self.observed(train=not test).targets,
@@ -272,16 +257,8 @@ class ForgetDataModule(LightningDataModule, ABC):
             augment=self.augmentation if train and self.augment else None,
             seed=int(torch.randint(2**62, ())) if train else 0,
             num_workers=self.num_workers,
-            stamp=stamp,
+            stamp=self._stamps.get(carried),
         )
-
-    def _spoiled_rows(self) -> Tensor:
-        """(n,) bool, the rows of the training split that the manipulation spoiled."""
-        assert self._observed is not None
-        assert self._manipulated is not None
-        rows = torch.zeros(len(self._observed), dtype=torch.bool)
-        rows[self._manipulated.rows] = True
-        return rows
 
     @contextmanager
     def reading(self, names: Iterable[str]) -> Iterator[None]:
@@ -357,11 +334,9 @@ class ForgetDataModule(LightningDataModule, ABC):
         for train in (True, False):
             labels = self.labels(train)
             whole.update(f"{self.source(train).digest()} {sha256(labels.targets)} {labels.classes}\n".encode())
-        if self.manipulation is not None:
-            self.setup()
-            assert self._manipulated is not None
-            spoiled = sha256(self._manipulated.rows, self._manipulated.targets)
-            whole.update(f"{self.manipulation.fingerprint()} {spoiled}\n".encode())
+        if self.manipulation is not None and (spoiled := self.observed(train=True).manipulated) is not None:
+            what = self.manipulation.fingerprint()
+            whole.update(f"{what} {sha256(spoiled.rows, spoiled.targets)}\n".encode())
         return whole.hexdigest()
 
     def split(self) -> dict[str, Any]:

@@ -95,9 +95,9 @@ class Manipulation(ABC):
         """The class that stamped rows are to be taken for; only of a manipulation that stamps."""
         raise NotImplementedError
 
-    def stamp(self, image: "Image", rows: Tensor | None) -> Stamp | None:
-        """What is written into the images of these rows (n,) bool; None for nothing."""
-        return None
+    def stamp(self, image: "Image") -> Stamp:
+        """What is written into images; only of a manipulation that stamps."""
+        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """Everything besides rows and labels that training sees of it."""
@@ -200,7 +200,7 @@ class Backdoor(Manipulation):
             raise UserError("Backdoor gives rows the label of a class, and these data have none")
         return int(codes([self.target], labels.classes, "--data.manipulation.target")[0])
 
-    def stamp(self, image: Image, rows: Tensor | None) -> Stamp:
+    def stamp(self, image: Image) -> Stamp:
         if self.size > image.size:
             raise UserError(f"a square of {self.size} pixels does not fit into images of {image.size}; give "
                             f"--data.manipulation.size={max(1, image.size // 10)}")  # fmt: skip
@@ -211,7 +211,7 @@ class Backdoor(Manipulation):
         early = self.when == "before"
         mean, std = torch.tensor(image.mean), torch.tensor(image.std)
         white = torch.full_like(mean, 255) if self.value is None else 255 * (value * std + mean)
-        return Stamp(area, value, white.round().clamp(0, 255).to(torch.uint8), early, rows)
+        return Stamp(area, value, white.round().clamp(0, 255).to(torch.uint8), early)
 
     def fingerprint(self) -> str:
         return f"Backdoor {self.size} {self.value} {self.corner} {self.when}"
@@ -411,6 +411,7 @@ class IdentifiedForget(Forget):
             known = torch.from_numpy(generator.choice(rows.numpy(), size, replace=False))
         else:
             known = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))[:size]]
+        known = known[torch.isin(known, candidates)]  # rows may be held out
         return checked(self, known.sort().values, candidates, len(labels))
 
     def describe(self, labels: Labels | None = None) -> str:

@@ -75,12 +75,12 @@ class UnlearningMethod(ABC):
 
     def check(self, model: Learner, data: ForgetDataModule) -> None:
         """Refuse, in words, what the method cannot do."""
-        from .capabilities import serving
-
         name = type(self).__name__
         if not isinstance(model, self.supports):
             kinds = self.supports if isinstance(self.supports, tuple) else (self.supports,)
-            others = ", ".join(serving(model, shipped()))
+            from .capabilities import chosen, serving
+
+            others = ", ".join(serving(model, chosen([])))
             raise UserError(
                 f"{name} works on {' or '.join(k.__name__ for k in kinds)}, and this model is a "
                 f"{type(model).__name__}; for it there are {others} (all: vislearn methods)"
@@ -101,16 +101,6 @@ class UnlearningMethod(ABC):
             wanted = "vision transformers" if "vit" in self.networks else "networks without attention"
             raise UserError(f"{name} works on {wanted}, for example --model.arch="
                             + ("vit_tiny_cifar" if "vit" in self.networks else "resnet20"))  # fmt: skip
-
-
-def shipped() -> list[type[UnlearningMethod]]:
-    """The methods of the zoo, as far as it is imported."""
-    found, todo = [], [UnlearningMethod]
-    while todo:
-        each: list[Any] = todo.pop().__subclasses__()
-        todo += each
-        found += [cls for cls in each if cls.__module__.startswith("vislearn.methods.") and cls.__name__[0] != "_"]
-    return [cls for cls in dict.fromkeys(found) if not getattr(cls, "__abstractmethods__", None)]
 
 
 FORGETS = {"class": "whole classes", "subclass": "rows that share an attribute", "random": "rows of no common kind"}

@@ -7,6 +7,7 @@ Reference:
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..measure import Bench, Column, Found, Measure, Predictions, Subject
@@ -39,8 +40,7 @@ def corrected(subject: Subject, bench: Bench) -> Found:
         for name, key in (("manipulated", "healed"), ("unidentified", "healed_unidentified")):
             if name in bench.sets:
                 numbers[f"corrective/{key}"] = named(subject.on(name, bench.sets).outputs, truth[bench.sets[name]])
-    known = bench.sets["forget"]
-    if "val" in bench.sets and bool(bench.data.is_manipulated(known).all()):
+    if "val" in bench.sets and bool(torch.isin(bench.sets["forget"], bench.sets["manipulated"]).all()):
         p, val = subject.on("forget", bench.sets), subject.on("val", bench.sets)
         numbers["corrective/deployable"] = (1 - accuracy(*p[:2]) + accuracy(*val[:2])) / 2
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from ..measures.corrective import COLUMNS
 from ..selection import By, Course, Selection, courses, select
 from .export import FORMULA
 from .sections import link
@@ -18,13 +19,8 @@ from .table import DASH, deviation, finite, mean, number
 WIDE, NARROW, MOST, BETWEEN = 1216.0, 340.0, 594.0, 28.0  # pixels: page, phone, one plot at most, between two
 APART = 15.0  # pixels between two labels
 RULES: tuple[By, ...] = ("deployable", "oracle")
-NUMBERS = {  # key -> (title, what it is)
-    "corrective/acc_corr": ("Acc_corr, harmed test rows", "accuracy, against true labels, on the test rows that the "
-                            "manipulation harms"),
-    "corrective/acc_retain": ("Acc_retain, other test rows", "the same on the test rows that it does not harm"),
-    "corrective/attack_success": ("Attack success", "share of stamped test images of other classes that are called the "
-                                  "target class"),
-}  # fmt: skip
+DRAWN = ("corrective/acc_corr", "corrective/acc_retain", "corrective/attack_success")
+NUMBERS = {c.key: (c.title, c.help) for c in COLUMNS if c.key in DRAWN}  # key -> (title, what it is)
 MARKERS = (0, 1, 2, 3, 4, 5, 7, 6)  # yellow makes the faintest line, so it comes last
 ABOUT = ("γ", "model", "chosen by", "settings", "of")  # the first columns of the table
 REFERENCES = ("original", "clean", "retrained")
