@@ -14,11 +14,11 @@ from vislearn import progress
 from vislearn.columns import coded
 from vislearn.data import Augment, Files, ForgetDataModule, Labels, Memory, no_data
 from vislearn.errors import UserError
-from vislearn.sources import SUFFIXES, cached, data_folders, decode, decoded, members, stamp
+from vislearn.sources import IN_MEMORY, SUFFIXES, cached, data_folders, decode, images, members, stamp
 
 from .tables import every_fifth
 
-LIMIT = 2_000_000_000  # bytes of images in memory
+LIMIT = IN_MEMORY
 GENDERS = ("male", "female")
 RACES = ("white", "black", "asian", "indian", "other")
 
@@ -162,8 +162,7 @@ def read_folder(
     sources: dict[bool, Memory | Files] = {}
     for train in (True, False):
         paths = tuple(where / faces[i].name for i in every_fifth(len(faces), train).tolist())
-        memory = len(faces) * 3 * size**2 <= LIMIT
-        sources[train] = decoded(paths, size, stamp(paths)) if memory else Files(paths, size)
+        sources[train] = images(paths, size, len(faces), LIMIT)
     return sources, labels_of(kind, faces)
 
 
@@ -174,22 +173,22 @@ def read_archive(
     """Images and labels of both splits from an archive, whose `stamp` is `stamped`."""
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        images: dict[str, np.ndarray] = {}
+        pixels: dict[str, np.ndarray] = {}
         faces = []
         for path, content in members(where):
             if path.suffix.lower() not in SUFFIXES or not (face := face_of(kind, where, str(path))):
                 continue
-            if len(images) % 500 == 0:
-                progress.report(0, f"decoding {where.name}, once: image {len(images):,}")
-            images[face.name] = decode(where.name / path, content, size)
+            if len(pixels) % 500 == 0:
+                progress.report(0, f"decoding {where.name}, once: image {len(pixels):,}")
+            pixels[face.name] = decode(where.name / path, content, size)
             faces.append(face)
-            if len(images) * 3 * size**2 > LIMIT:
+            if len(pixels) * 3 * size**2 > LIMIT:
                 raise UserError(f"the images of {where} take more than 2 GB at {size} pixels; unpack it and give the "
                                 "folder, or take a smaller --data.image_size")  # fmt: skip
         faces = ordered(kind, where, faces)
         tensors = {}
         for train in (True, False):
-            chosen = [images[faces[i].name] for i in every_fifth(len(faces), train).tolist()]
+            chosen = [pixels[faces[i].name] for i in every_fifth(len(faces), train).tolist()]
             tensors["train" if train else "test"] = torch.from_numpy(np.stack(chosen))
         return tensors, {"names": [face.name for face in faces]}
 

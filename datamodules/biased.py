@@ -32,7 +32,28 @@ PALETTE = {
 AGREES, OTHER, DOWN, ACROSS, CROP_DOWN, CROP_ACROSS, PIXELS = range(7)
 
 
-class Biased(ForgetDataModule):
+class Shortcut(ForgetDataModule):
+    """Data whose rows have the attributes "bias" and "aligned"."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Say so, once, where a class that is forgotten as a whole has too few conflicting rows to judge by."""
+        first = not self.indices
+        super().setup(stage)
+        if not first or "forget" not in self.indices:
+            return
+        labels, forget, train = self.labels(train=True), self.indices["forget"], self.indices["train"]
+        aligned = labels.attributes[ALIGNED][0]
+        for c in labels.targets[forget].unique().tolist():
+            of_class = train[labels.targets[train] == c]
+            found = int((aligned[of_class] == 0).sum())
+            if torch.isin(of_class, forget).all() and found < FEWEST:
+                log.warning(
+                    "class %s, to be forgotten, has %d conflicting training rows, fewer than %d: accuracies on them "
+                    "say little; more rows or less correlation give more of them", labels.classes[c], found, FEWEST
+                )  # fmt: skip
+
+
+class Biased(Shortcut):
     """A data set in which every class has a value of the attribute "bias" that goes with it.
 
     A row is aligned when it has its class's value. Which rows are is an attribute too, "aligned", so that GroupForget
@@ -98,28 +119,6 @@ class Biased(ForgetDataModule):
         """The share of aligned rows that was asked for."""
         return self.correlation if train else self.test_correlation
 
-    def setup(self, stage: str | None = None) -> None:
-        first = not self.indices
-        super().setup(stage)
-        if first:
-            few_conflicting(self)
-
-
-def few_conflicting(data: ForgetDataModule) -> None:
-    """Say so where a class that is forgotten as a whole has too few conflicting rows to judge by."""
-    if "forget" not in data.indices:
-        return
-    labels, forget, train = data.labels(train=True), data.indices["forget"], data.indices["train"]
-    aligned = labels.attributes[ALIGNED][0]
-    for c in labels.targets[forget].unique().tolist():
-        of_class = train[labels.targets[train] == c]
-        found = int((aligned[of_class] == 0).sum())
-        if torch.isin(of_class, forget).all() and found < FEWEST:
-            log.warning(
-                "class %s, to be forgotten, has %d conflicting training rows, fewer than %d: accuracies on them say "
-                "little; more rows or less correlation give more of them", labels.classes[c], found, FEWEST
-            )  # fmt: skip
-
 
 def draw_bias(targets: Tensor, values: int, share: float, seed: int, train: bool) -> Tensor:
     """The value of the attribute of every row, (n,) int64: its class's, or one of the others with equal chances.
@@ -144,17 +143,21 @@ def draw_bias(targets: Tensor, values: int, share: float, seed: int, train: bool
     return torch.where(agrees, own, (own + step) % values)
 
 
+def bits(ids: Tensor, seed: int, stream: int, train: bool) -> Tensor:
+    """63 random bits that belong to row numbers, in one stream of one split: ids (...) int64 -> (...) int64."""
+    return hashed(ids, int(hashed(torch.tensor([2 * stream + int(train)]), seed)))
+
+
 def uniform(ids: Tensor, seed: int, stream: int, train: bool) -> Tensor:
     """Random numbers in [0, 1) that belong to row numbers: ids (...) int64 -> (...) float64."""
-    key = int(hashed(torch.tensor([2 * stream + int(train)]), seed))
-    return (hashed(ids, key) >> 10).double() / 2**53
+    return (bits(ids, seed, stream, train) >> 10).double() / 2**53
 
 
 def normal(ids: Tensor, seed: int, stream: int, train: bool) -> Tensor:
     """Standard normal numbers that belong to row numbers, by Box and Muller: ids (...) int64 -> (...) float32."""
-    bits = hashed(ids, int(hashed(torch.tensor([2 * stream + int(train)]), seed)))
-    radius = (-2 * (((bits >> 32).double() + 0.5) / 2**31).log()).sqrt()  # of the 63 bits the upper 31
-    return (radius * torch.cos((bits & 0xFFFFFFFF).double() * (2 * torch.pi / 2**32))).float()
+    drawn = bits(ids, seed, stream, train)
+    radius = (-2 * (((drawn >> 32).double() + 0.5) / 2**31).log()).sqrt()  # of the 63 bits the upper 31
+    return (radius * torch.cos((drawn & 0xFFFFFFFF).double() * (2 * torch.pi / 2**32))).float()
 
 
 def pixel_noise(ids: Tensor, shape: Sequence[int], seed: int, train: bool) -> Tensor:

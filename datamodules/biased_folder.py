@@ -2,16 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from vislearn.errors import UserError
 from vislearn.metrics.bias import agreeing, majority_values
 
-from .biased import ALIGNED, ALIGNMENT, BIAS, few_conflicting
+from .biased import ALIGNED, ALIGNMENT, BIAS, Shortcut
 from .image_folder import TABLE, ImageFolder
 
 
-class BiasedImageFolder(ImageFolder):
+class BiasedImageFolder(Shortcut, ImageFolder):
     """Images of your own, where one attribute of attributes.csv is a shortcut to the class.
 
     The attribute is there under the name "bias" too. A row is aligned, as the attribute "aligned" says, when it has the
@@ -24,7 +22,6 @@ class BiasedImageFolder(ImageFolder):
 
     def __init__(self, bias_attribute: str = BIAS, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bias_attribute = bias_attribute
         columns = list(self._attributes[True])
         if bias_attribute not in columns:
             has = f"has the columns {', '.join(columns)}" if columns else "is not there"
@@ -38,19 +35,9 @@ class BiasedImageFolder(ImageFolder):
         if len(names) < 2:
             raise UserError(f"the attribute {bias_attribute!r} has the one value {names[0]!r} on all images; a "
                             "shortcut needs two (--data.bias_attribute)")  # fmt: skip
-        usual = self._usual(len(names))
+        attribute = self._attributes[True][bias_attribute][0]
+        usual = majority_values(self._targets[True], attribute, self.num_classes, len(names))
         for train in (True, False):
             values = self._attributes[train][bias_attribute][0]
             found = agreeing(self._targets[train], values, usual)
             self._attributes[train] |= {BIAS: (values, names), ALIGNED: (found, ALIGNMENT)}
-
-    def _usual(self, values: int) -> Tensor:
-        """(classes,) the value of the attribute that goes with each class."""
-        attribute = self._attributes[True][self.bias_attribute][0]
-        return majority_values(self._targets[True], attribute, self.num_classes, values)
-
-    def setup(self, stage: str | None = None) -> None:
-        first = not self.indices
-        super().setup(stage)
-        if first:
-            few_conflicting(self)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vislearn.data import Augment, Files, ForgetDataModule, Labels, Memory, no_data
 from vislearn.errors import UserError
-from vislearn.sources import class_files, data_folders, decoded, stamp
+from vislearn.sources import IN_MEMORY, class_files, data_folders, images
 
 TABLE = "attributes.csv"
 
@@ -32,7 +32,7 @@ class ImageFolder(ForgetDataModule):
 
     channels = 3
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained backbones expect
-    memory_limit = 2_000_000_000  # bytes
+    memory_limit = IN_MEMORY
 
     def __init__(
         self, root: Path = Path("data"), image_size: int = 64, test_fraction: float = 0.2, **kwargs: Any
@@ -56,9 +56,7 @@ class ImageFolder(ForgetDataModule):
 
     def source(self, train: bool) -> Memory | Files:
         paths = self._paths[train]
-        if sum(map(len, self._paths.values())) * 3 * self.image_size**2 <= self.memory_limit:
-            return decoded(paths, self.image_size, stamp(paths))
-        return Files(paths, self.image_size)
+        return images(paths, self.image_size, sum(map(len, self._paths.values())), self.memory_limit)
 
     def labels(self, train: bool) -> Labels:
         return Labels(self._targets[train], self.classes, self._attributes[train])

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vislearn.columns import check_columns, coded, numbers, read_columns, stamp_of
-from vislearn.data import Augment, Files, Labels, Memory, no_data
+from vislearn.columns import check_columns, coded, numbers, read_columns
+from vislearn.data import Augment, Files, Memory, no_data
 from vislearn.errors import UserError
-from vislearn.sources import SUFFIXES, data_folders, decoded, stamp
+from vislearn.sources import IN_MEMORY, SUFFIXES, data_folders, images
 
 from .tables import Divided
 
@@ -41,7 +41,7 @@ class ImageTable(Divided):
 
     num_classes, channels = 0, 3
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained backbones expect
-    memory_limit = 2_000_000_000  # bytes
+    memory_limit = IN_MEMORY
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ImageTable(Divided):
         where = next((path for path in (self.root / table, Path(table)) if path.is_file()), None)
         if where is None:
             raise UserError(f"no table {self.root / table}; name the CSV file with the targets by --data.table=FILE")
-        columns = read_columns(where, stamp_of(where))
+        columns = read_columns(where)
         wanted = [file, target, *([split] if split else [])]
         check_columns(columns, wanted, where, "--data.file, --data.target and --data.split")
         self._paths = self._match(columns[file], where, unlisted)
@@ -75,13 +75,7 @@ class ImageTable(Divided):
 
     def source(self, train: bool) -> Memory | Files:
         paths = tuple(self._paths[i] for i in self._rows[train].tolist())
-        if len(self._paths) * 3 * self.image_size**2 <= self.memory_limit:
-            return decoded(paths, self.image_size, stamp(paths))
-        return Files(paths, self.image_size)
-
-    def labels(self, train: bool) -> Labels:
-        ids = self._rows[train]
-        return Labels(self._y[ids], (), {k: (v[ids], names) for k, (v, names) in self._attributes.items()})
+        return images(paths, self.image_size, len(self._paths), self.memory_limit)
 
     def _find(self, root: Path) -> Path:
         for path in [root, *(base / root for base in data_folders(root)[1:])]:

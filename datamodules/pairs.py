@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vislearn.columns import Columns, locate, numbers, read_columns, stamp_of
-from vislearn.data import Labels, Memory
+from vislearn.columns import Columns, locate, numbers, read_columns
+from vislearn.data import Memory
 from vislearn.errors import UserError
 from vislearn.sources import one_line
 
@@ -57,9 +57,6 @@ class EmbeddedPairs(Divided):
     def source(self, train: bool) -> Memory:
         return Memory(self._x[self._rows[train]])
 
-    def labels(self, train: bool) -> Labels:
-        return Labels(self._y[self._rows[train]])
-
 
 Pairs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], Sequence[str] | None]
 
@@ -88,7 +85,7 @@ def read_arrays(where: Path) -> Pairs:
 
 def read_table(where: Path) -> Pairs:
     """Both vectors (n, d), scores (n,) and splits of a table."""
-    columns = read_columns(where, stamp_of(where))
+    columns = read_columns(where)
     if "score" not in columns or "a0" not in columns:
         raise UserError(f"{where} needs columns a0, a1, ..., b0, b1, ... and score")
     a, b = (vectors(columns, letter, where) for letter in "ab")

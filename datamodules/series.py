@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vislearn.columns import check_columns, locate, moments, numbers, read_columns, stamp_of, standardised
+from vislearn.columns import check_columns, locate, moments, numbers, read_columns, standardised
 from vislearn.data import ForgetDataModule, Labels, Memory, no_data
 from vislearn.errors import UserError
 from vislearn.sources import data_folders, sha256
@@ -102,7 +102,7 @@ class Series(ForgetDataModule):
         self.window, self.steps_ahead, self.stride, self.flat = window, steps_ahead, stride, flat
         self.form = "table" if flat else "series"
         where = self._find(Path(file))
-        columns = read_columns(where, stamp_of(where))
+        columns = read_columns(where)
         used = inputs or [name for name in columns if name != time]
         check_columns(columns, [time, target, *used], where, "--data.time, --data.target and --data.inputs")
         times = moments(columns[time], time, where)

@@ -1,9 +1,10 @@
 """Tables: any CSV or Parquet file, and two regressions that scikit-learn knows."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from vislearn.columns import (
     numbers,
     one_hot,
     read_columns,
-    stamp_of,
     standardised,
 )
 from vislearn.data import ForgetDataModule, Labels, Memory, no_data
@@ -35,6 +35,12 @@ class Divided(ForgetDataModule):
 
     _rows: dict[bool, Tensor]
     _val: Tensor
+    _y: Tensor  # targets of all rows
+    _attributes: Mapping[str, tuple[Tensor, tuple[str, ...]]] = MappingProxyType({})
+
+    def labels(self, train: bool) -> Labels:
+        ids = self._rows[train]
+        return Labels(self._y[ids], self.classes, {k: (v[ids], names) for k, (v, names) in self._attributes.items()})
 
     def divide(self, n: int, named: Sequence[str] | None, fraction: float, where: str) -> None:
         """Find the rows of both official splits.
@@ -109,7 +115,7 @@ class Table(Divided):
     ) -> None:
         super().__init__(**kwargs)
         where = locate(Path(file), "file")
-        columns = read_columns(where, stamp_of(where))
+        columns = read_columns(where)
         named = [target, *(categorical or []), *(ignore or []), *([split] if split else [])]
         check_columns(columns, named, where, "--data.target, .categorical, .ignore and .split")
         n = len(columns[target])
@@ -139,10 +145,6 @@ class Table(Divided):
 
     def source(self, train: bool) -> Memory:
         return Memory(self._x[self._rows[train]])
-
-    def labels(self, train: bool) -> Labels:
-        ids = self._rows[train]
-        return Labels(self._y[ids], self.classes, {k: (v[ids], names) for k, (v, names) in self._attributes.items()})
 
 
 class Diabetes(ForgetDataModule):

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from vislearn.data import Augment, Files, ForgetDataModule, Labels, Memory, no_data
+from vislearn.data import Augment, Files, Labels, Memory, no_data
 from vislearn.errors import UserError
-from vislearn.sources import data_folders, decoded, stamp
+from vislearn.sources import IN_MEMORY, data_folders, images
 
-from .biased import ALIGNED, ALIGNMENT, BIAS, few_conflicting
+from .biased import ALIGNED, ALIGNMENT, BIAS, Shortcut
 
 FOLDER, TABLE = "waterbird_complete95_forest2water2", "metadata.csv"
 COLUMNS = {"y": ("0", "1"), "split": ("0", "1", "2"), "place": ("0", "1")}  # and what they hold
 
 
-class Waterbirds(ForgetDataModule):
+class Waterbirds(Shortcut):
     """11,788 images of birds, 2 classes; 4,795 for training, of which 95 % show a bird before the scene it lives in.
 
     Reads the published folder: metadata.csv with the columns img_filename, y (0 landbird, 1 waterbird), split (0
@@ -36,7 +36,7 @@ class Waterbirds(ForgetDataModule):
     classes: tuple[str, ...] = ("landbird", "waterbird")
     values: tuple[str, ...] = ("land", "water")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained backbones expect
-    memory_limit = 2_000_000_000  # bytes
+    memory_limit = IN_MEMORY
 
     def __init__(self, root: Path = Path("data"), image_size: int = 224, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -49,18 +49,10 @@ class Waterbirds(ForgetDataModule):
     def source(self, train: bool) -> Memory | Files:
         found = self._read()
         paths = found[train][0]
-        if sum(len(each) for each, _ in found.values()) * 3 * self.image_size**2 <= self.memory_limit:
-            return decoded(paths, self.image_size, stamp(paths))
-        return Files(paths, self.image_size)
+        return images(paths, self.image_size, sum(len(each) for each, _ in found.values()), self.memory_limit)
 
     def labels(self, train: bool) -> Labels:
         return self._read()[train][1]
-
-    def setup(self, stage: str | None = None) -> None:
-        first = not self.indices
-        super().setup(stage)
-        if first:
-            few_conflicting(self)
 
     def _folder(self) -> Path:
         """The folder that holds metadata.csv."""

@@ -19,7 +19,10 @@ from vislearn.preference import mean_over
 from vislearn.trainer import Trainer
 
 from .fine_tune import FineTune
+from .gaussian_fine_tuning import training_targets
+from .npo import positive
 from .retrain import new_weights
+from .ssd import one_of
 
 WATCHED = 2000  # rows of the retain set on which the blindspot network is compared with a constant
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish)
@@ -96,18 +99,14 @@ class Blindspot(GradientMethod):
                          **kwargs)  # fmt: skip
         if not 0 <= beta < math.inf:
             raise UserError(f"beta must be 0 or more, not {beta:g}; the paper's is --method.beta=50")
-        if beta_unit not in ("target", "std"):
-            raise UserError(f"beta_unit is 'target' or 'std', not '{beta_unit}' (--method.beta_unit)")
         if blindspot_epochs < 1:
             raise UserError(f"blindspot_epochs must be at least 1, not {blindspot_epochs}; the paper's is "
                             "--method.blindspot_epochs=2")  # fmt: skip
-        if not 0 < blindspot_lr < math.inf:
-            raise UserError(f"blindspot_lr must be above 0, not {blindspot_lr:g} (--method.blindspot_lr=0.01)")
         if layers is not None and not layers:
             raise UserError("layers names no layer; leave out --method.layers for the blocks of the network, or give "
                             "--method.beta=0 to compare outputs alone")  # fmt: skip
-        self.beta, self.beta_unit = beta, beta_unit
-        self.blindspot_epochs, self.blindspot_lr = blindspot_epochs, blindspot_lr
+        self.beta, self.beta_unit = beta, one_of("beta_unit", beta_unit, ("target", "std"))
+        self.blindspot_epochs, self.blindspot_lr = blindspot_epochs, positive("blindspot_lr", blindspot_lr, 0.01)
         self.max_blindspot_epochs = max(max_blindspot_epochs, blindspot_epochs)
         self.layers = layers
         self.weight = beta  # of the maps in this run
@@ -120,11 +119,7 @@ class Blindspot(GradientMethod):
             raise UserError("classes have no standard deviation; give beta in the unit of the loss with "
                             "--method.beta_unit=target")  # fmt: skip
         if not model.is_classifier:
-            targets = data.observed(train=True).targets[data.ids("train")]
-            broken = int((~torch.isfinite(targets)).sum())
-            if broken:
-                raise UserError(f"{broken} of {len(targets)} training targets are not finite; mend the labels of these "
-                                "data (--data)")  # fmt: skip
+            training_targets(data)
 
     def unlearn(self, model: Learner, data: ForgetDataModule, trainer: Trainer) -> Learner:
         self.report.clear()
@@ -235,8 +230,7 @@ class BlindspotTraining(FineTune):
 
 def attention_map(z: Tensor) -> Tensor:
     """Activations (b, c, ...) -> (b, p): squared, averaged over channels, flattened, each row scaled to length 1."""
-    return F.normalize(full(z).square().mean(1).flatten(1) if z.ndim > 2 else full(z).square().mean(1, keepdim=True),
-                       dim=1, eps=TINY)  # fmt: skip
+    return F.normalize(full(z).square().mean(1, keepdim=True).flatten(1), dim=1, eps=TINY)
 
 
 def attention_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -276,7 +270,7 @@ def per_row(model: Learner, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def positions(z: Tensor) -> int:
     """Positions of a row in activations (b, c, ...)."""
-    return z[0, 0].numel() if z.ndim > 2 else 1
+    return math.prod(z.shape[2:])
 
 
 @contextmanager
@@ -321,7 +315,7 @@ def compared_layers(model: Learner, names: Sequence[str] | None = None) -> dict[
 
 def spread(model: Learner, data: ForgetDataModule) -> float:
     """What beta is scaled by: the standard deviation of the training targets, their variance for a squared loss."""
-    std = float(data.observed(train=True).targets[data.ids("train")].double().std())
+    std = float(training_targets(data).std())
     return std**2 if getattr(model, "loss_name", "") == "mse" else std
 
 

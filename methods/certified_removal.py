@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin, chunks
+from vislearn.classical import RowError, Rows, UnlearnerMixin, check_words, chunks
 
 Array = NDArray[np.float64]
 
@@ -305,10 +305,7 @@ class CertifiedRemoval(ClassifierMixin, UnlearnerMixin, BaseEstimator):
             if not isinstance(value, Real) or not float(value) >= least:
                 raise RowError(f"{name} must be a number {f'of at least {least}' if least in (0, 1) else 'above 0'}, "
                                f"not {value!r}")  # fmt: skip
-        for name, words in (("loss", tuple(LOSSES)), ("bound", ("data", "worst")),
-                            ("scaling", ("unit", "clip", "refuse"))):  # fmt: skip
-            if getattr(self, name) not in words:
-                raise RowError(f"{name} must be {' or '.join(map(repr, words))}, not {getattr(self, name)!r}")
+        check_words(self, loss=tuple(LOSSES), bound=("data", "worst"), scaling=("unit", "clip", "refuse"))
         least = LOSSES[self.loss].lipschitz
         if self.gamma is not None and not (isinstance(self.gamma, Real) and float(self.gamma) >= least * (1 - 1e-12)):
             raise RowError(f"gamma={self.gamma!r} makes the bound too small; the loss {self.loss!r} needs {least:.4g}")

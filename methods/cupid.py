@@ -380,10 +380,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
 
 def numbered(loader: Loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (row numbers, x, y) of one pass over a loader; x and y on a device."""
-    order = loader.order(loader.epoch)
-    for x, y in batches(loader, device):
-        yield order[: len(x)], x, y
-        order = order[len(x) :]
+    for rows, (x, y) in zip(loader.upcoming(), batches(loader, device), strict=True):
+        yield rows, x, y
 
 
 def _vectorised(of_row: Rows, x: Tensor, y: Tensor) -> Rows:

@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin
+from vislearn.classical import Rows, UnlearnerMixin, check_whole, check_words
 from vislearn.thresholds import EVERY, Candidates, Ints, Rules, Table, mixed, uniform
 
 CACHE_FROM = 512  # rows from which a node keeps the counts of its candidates; below, sorting its rows costs no more
@@ -122,15 +122,8 @@ class DaRE(ClassifierMixin, UnlearnerMixin, BaseEstimator):
     def _rules(self, n_features: int) -> Rules:
         least = {"n_estimators": 1, "max_depth": 1, "random_depth": 0, "k": 1, "max_features": 1,
                  "min_samples_split": 2, "min_samples_leaf": 1}  # fmt: skip
-        words: dict[str, tuple[Any, ...]] = {"max_depth": (None,), "max_features": (None, "sqrt")}
-        for name, low in least.items():
-            value, also = getattr(self, name), words.get(name, ())
-            if value not in also and (not isinstance(value, int | np.integer) or value < low):
-                other = "".join(f", or {word!r}" for word in also)
-                raise RowError(f"{name} must be a whole number of at least {low}{other}, not {value!r}")
-        for name, one, two in (("criterion", "gini", "entropy"), ("threshold", "midpoint", "left")):
-            if getattr(self, name) not in (one, two):
-                raise RowError(f"{name} must be {one!r} or {two!r}, not {getattr(self, name)!r}")
+        check_whole(self, least, {"max_depth": (None,), "max_features": (None, "sqrt")})
+        check_words(self, criterion=("gini", "entropy"), threshold=("midpoint", "left"))
         some = self.max_features
         features = n_features if some is None else int(n_features**0.5) if isinstance(some, str) else int(some)
         depth = np.iinfo(np.int32).max if self.max_depth is None else self.max_depth

@@ -60,10 +60,6 @@ class GaussianAmnesiac(GradientMethod):
     def check(self, model: Learner, data: ForgetDataModule) -> None:
         super().check(model, data)
         y, y_f = self.targets(data)
-        broken = int((~torch.isfinite(y)).sum())
-        if broken:
-            raise UserError(f"{broken} of {len(y)} training targets are not finite; mend the labels of these data "
-                            "(--data)")  # fmt: skip
         if self.exclude_band and (left := probability_outside(y, y_f)) < NARROW:
             raise UserError(f"the forget set spans all but {left:.1%} of the distribution that values are drawn from, "
                             "so nothing is left to draw; leave out --method.exclude_band")  # fmt: skip
@@ -74,8 +70,7 @@ class GaussianAmnesiac(GradientMethod):
 
     def targets(self, data: ForgetDataModule) -> tuple[Tensor, Tensor]:
         """Targets of D and of the forget set."""
-        y = data.observed(train=True).targets
-        return y[data.ids("train")].double(), y[data.ids("forget")].double()
+        return training_targets(data), data.observed(train=True).targets[data.ids("forget")].double()
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
         forget, retain = data.ids("forget"), self.retain_loader(data).ids
@@ -109,6 +104,15 @@ class GaussianAmnesiac(GradientMethod):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = (torch.cat(parts) for parts in zip(*batch.values(), strict=True))
         return self.model.loss(self(x), y)
+
+
+def training_targets(data: ForgetDataModule) -> Tensor:
+    """Targets of D in float64; refuses those that are not finite."""
+    y = data.observed(train=True).targets[data.ids("train")].double()
+    broken = int((~torch.isfinite(y)).sum())
+    if broken:
+        raise UserError(f"{broken} of {len(y)} training targets are not finite; mend the labels of these data (--data)")
+    return y
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:

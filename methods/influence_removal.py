@@ -1,9 +1,7 @@
 """Influence-function removal from ridge and logistic regression (Koh and Liang, 2017)."""
 
-import math
 import warnings
 from abc import abstractmethod
-from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin, chunks
+from vislearn.classical import RowError, Rows, UnlearnerMixin, check_number, check_words, chunks
 
 Array = NDArray[np.float64]
 DENSE = 2000  # parameters up to which the Hessian is a matrix; beyond, conjugate gradients multiply by it
@@ -44,10 +42,8 @@ class _Influence(UnlearnerMixin, BaseEstimator):
         """(n, k) Hessian of each row's loss, with respect to its scores, times v (n, k)."""
 
     def _check(self) -> None:
-        if self.hessian not in ("retain", "full"):
-            raise RowError(f"hessian must be 'retain' or 'full', not {self.hessian!r}")
-        if not isinstance(self.damping, Real) or not 0 <= self.damping < math.inf:
-            raise RowError(f"damping must be a number of at least 0, not {self.damping!r}")
+        check_words(self, hessian=("retain", "full"))
+        check_number(self, "damping", "a convex loss needs none, damping=0")
 
     def _step(self, theta: Array, at: NDArray[np.intp]) -> None:
         """Take the rows at some places out of the parameters: one step, halved while it leads to a larger gradient."""
@@ -149,10 +145,9 @@ class InfluenceRidge(RegressorMixin, _Influence):
     ) -> None:  # fmt: skip
         self.alpha, self.fit_intercept, self.hessian, self.damping = alpha, fit_intercept, hessian, damping
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+    def fit(self, X: ArrayLike, y: Any) -> Self:
         self._check()
-        if not isinstance(self.alpha, Real) or not 0 <= self.alpha < math.inf:
-            raise RowError(f"alpha must be a number of at least 0, not {self.alpha!r}; ridge's usual one is alpha=1")
+        check_number(self, "alpha", "ridge's usual one is alpha=1")
         x, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
         start = Ridge(alpha=self.alpha, fit_intercept=self.fit_intercept).fit(x, y)
         self._rows = Rows(self._extended(x), y.astype(np.float64))
@@ -226,18 +221,12 @@ class InfluenceLogistic(ClassifierMixin, _Influence):
         self, C: float = 1.0, *, fit_intercept: bool = True, hessian: str = "retain", damping: float = 0.0,
         max_iter: int = 1000,
     ) -> None:  # fmt: skip
-        self.C, self.fit_intercept, self.hessian, self.damping, self.max_iter = (
-            C,
-            fit_intercept,
-            hessian,
-            damping,
-            max_iter,
-        )
+        self.C, self.fit_intercept, self.max_iter = C, fit_intercept, max_iter
+        self.hessian, self.damping = hessian, damping
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         self._check()
-        if not isinstance(self.C, Real) or not 0 < self.C < math.inf:
-            raise RowError(f"C must be a number above 0, not {self.C!r}; logistic regression's usual one is C=1")
+        check_number(self, "C", "logistic regression's usual one is C=1", above=True)
         x, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self._labels, y = np.unique(y, return_inverse=True)

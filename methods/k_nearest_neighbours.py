@@ -1,6 +1,5 @@
 """Nearest neighbours that forget rows exactly."""
 
-from numbers import Integral
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -10,7 +9,7 @@ from sklearn.neighbors import BallTree, KDTree
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin
+from vislearn.classical import RowError, Rows, UnlearnerMixin, check_whole, check_words, keep_classes
 
 Array = NDArray[np.float64]
 TREES = {"kd_tree": KDTree, "ball_tree": BallTree}
@@ -33,14 +32,8 @@ class _ExactKNeighbors(UnlearnerMixin, BaseEstimator):
         return distance, self._rows.numbers[place]
 
     def _check(self) -> None:
-        for name, least in (("n_neighbors", 1), ("leaf_size", 1), ("tombstones", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:  # type: ignore[operator]
-                raise RowError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if self.weights not in ("uniform", "distance"):
-            raise RowError(f"weights must be 'uniform' or 'distance', not {self.weights!r}")
-        if self.algorithm not in TREES:
-            raise RowError(f"algorithm must be 'kd_tree' or 'ball_tree', not {self.algorithm!r}")
+        check_whole(self, {"n_neighbors": 1, "leaf_size": 1, "tombstones": 0})
+        check_words(self, weights=("uniform", "distance"), algorithm=tuple(TREES))
         known = TREES[self.algorithm].valid_metrics
         if self.metric not in known:
             raise RowError(f"metric {self.metric!r} is none of {self.algorithm}: {', '.join(sorted(known))}")
@@ -142,12 +135,9 @@ class ExactKNeighborsClassifier(ClassifierMixin, _ExactKNeighbors):
 
     def unlearn(self, rows: NDArray[np.intp]) -> Self:
         at = self._places(rows)
-        self._counts = self._counts - np.bincount(self._rows.columns[1][at], minlength=len(self._counts))
+        counts = self._counts - np.bincount(self._rows.columns[1][at], minlength=len(self._counts))
         self._drop(at)
-        stay = self._counts > 0
-        if not stay.all():
-            self._rows.columns[1] = (np.cumsum(stay) - 1)[self._rows.columns[1]]
-            self.classes_, self._counts = self.classes_[stay], self._counts[stay]
+        keep_classes(self, counts)
         return self
 
 

@@ -17,6 +17,9 @@ from vislearn.method import Cache, GradientMethod
 from vislearn.trainer import Trainer
 from vislearn.vae import VAE, Decoder, Numbered, Representations, fit, represent
 
+from .npo import positive
+from .ssd import one_of
+
 COLLAPSED = 0.5  # mean cosine distance of retained representations from the original's, from which on they are lost
 UNMOVED = 0.01  # the same of forgotten representations, below which nothing was forgotten
 FEW_STEPS = 100
@@ -102,10 +105,6 @@ class LAF(GradientMethod):
     ) -> None:  # fmt: skip
         super().__init__(epochs=epochs, lr=lr, optimizer=optimizer, weight_decay=weight_decay, batch_size=batch_size,
                          train_mode=train_mode, **kwargs)  # fmt: skip
-        for name, value, theirs in (("temperature", temperature, 20), ("alignment_lr", alignment_lr, 5e-5),
-                                    ("vae_lr", vae_lr, 1e-3)):  # fmt: skip
-            if not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0, not {value:g}; the authors' is --method.{name}={theirs:g}")
         for name, count, theirs in (("latent", latent, 16), ("vae_epochs", vae_epochs, 10)):
             if count < 1:
                 raise UserError(f"{name} must be at least 1, not {count}; the authors' is --method.{name}={theirs}")
@@ -113,13 +112,12 @@ class LAF(GradientMethod):
             raise UserError(f"kl_weight must be 0 or more, not {kl_weight:g}; the authors' is --method.kl_weight=0.025")
         if hidden is not None and (not hidden or min(hidden) < 1):
             raise UserError(f"hidden holds widths of layers, for example --method.hidden=[128,32], not {hidden}")
-        if vae_set not in ("train", "retain"):
-            raise UserError(f"vae_set is 'train' or 'retain', not '{vae_set}' (--method.vae_set)")
-        if decoder not in ("sigmoid", "linear"):
-            raise UserError(f"decoder is 'sigmoid' or 'linear', not '{decoder}' (--method.decoder)")
-        self.temperature, self.alignment_lr = temperature, alignment_lr
-        self.latent, self.hidden, self.kl_weight, self.decoder = latent, hidden, kl_weight, decoder
-        self.vae_epochs, self.vae_lr, self.vae_set, self.standardise = vae_epochs, vae_lr, vae_set, standardise
+        self.temperature = positive("temperature", temperature, 20)
+        self.alignment_lr, self.vae_lr = positive("alignment_lr", alignment_lr, 5e-5), positive("vae_lr", vae_lr, 1e-3)
+        self.vae_set = one_of("vae_set", vae_set, ("train", "retain"))
+        self.decoder: Decoder = one_of("decoder", decoder, ("sigmoid", "linear"))
+        self.latent, self.hidden, self.kl_weight = latent, hidden, kl_weight
+        self.vae_epochs, self.standardise = vae_epochs, standardise
         self.automatic_optimization = False
         self.prepared: dict[str, Tensor] | None = None  # weights of h, from `prepare`
         self.seen: Representations | None = None  # the original's representations
@@ -296,9 +294,8 @@ class LAFR(LAF):
                             "tenth --method.share=0.1")  # fmt: skip
         if repair_epochs < 1:
             raise UserError(f"repair_epochs must be at least 1, not {repair_epochs}; --method=LAF has no repair")
-        if not 0 < repair_lr < math.inf:
-            raise UserError(f"repair_lr must be above 0, not {repair_lr:g}; for example --method.repair_lr=0.001")
-        self.share, self.repair_epochs, self.repair_lr = share, repair_epochs, repair_lr
+        self.share, self.repair_epochs = share, repair_epochs
+        self.repair_lr = positive("repair_lr", repair_lr, 1e-3)
         self.used: dict[str, Tensor] | None = None  # the masks of the first part
 
     def check(self, model: Learner, data: ForgetDataModule) -> None:
@@ -313,12 +310,10 @@ class LAFR(LAF):
         head = set(head_of(model).parameters())
         model = super().unlearn(model, data, trainer)
         masks, self.used = self.used, None
-        ids = data.ids("retain")
-        kept = ids[torch.randperm(len(ids))[: max(1, int(self.share * len(ids)))]].sort().values
-        labelled = data.loader(kept, batch_size=self.batch_size)
-        steps = min(len(labelled), len(data.loader("forget", batch_size=self.forget_batch_size)))
-        stream = zip_loaders(over="step", step=range(steps), labelled=labelled)
-        repair = HeadRepair(stream, masks, epochs=self.repair_epochs, lr=self.repair_lr, saliency=self.saliency)
+        repair = HeadRepair(
+            masks, epochs=self.repair_epochs, lr=self.repair_lr, saliency=self.saliency, retain_fraction=self.share,
+            batch_size=self.batch_size, forget_batch_size=self.forget_batch_size,
+        )  # fmt: skip
         flags = {p: p.requires_grad for p in model.parameters()}
         try:
             for p, flag in flags.items():
@@ -327,21 +322,24 @@ class LAFR(LAF):
         finally:
             for p, flag in flags.items():
                 p.requires_grad_(flag)
-        self.report.update(labelled_rows=len(kept), repair_losses=repair.losses)
+        self.report.update(labelled_rows=repair.rows, repair_losses=repair.losses)
         return model
 
 
 class HeadRepair(GradientMethod):
     """The learner's loss on labelled rows, in eval mode, over those parameters that take gradients."""
 
-    def __init__(self, stream: Iterable[Any], given: dict[str, Tensor] | None, **kwargs: Any) -> None:
+    def __init__(self, given: dict[str, Tensor] | None, **kwargs: Any) -> None:
         super().__init__(optimizer="adam", weight_decay=0.0, train_mode=False, **kwargs)
-        self.stream, self.given = stream, given
+        self.given, self.rows = given, 0
         self.losses: list[float] = []  # mean of every epoch
         self.each: list[Tensor] = []
 
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
-        return self.stream
+        labelled = self.retain_loader(data)
+        self.rows = len(labelled.ids)
+        steps = min(len(labelled), len(data.loader("forget", batch_size=self.forget_batch_size)))
+        return zip_loaders(over="step", step=range(steps), labelled=labelled)
 
     def saliency_masks(self, model: Learner, data: ForgetDataModule) -> dict[str, Tensor]:
         assert self.given is not None

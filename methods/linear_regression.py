@@ -1,7 +1,6 @@
 """Linear and ridge regression that forget rows exactly, from sums (after Cao and Yang, 2015)."""
 
 import math
-from numbers import Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -10,7 +9,7 @@ from scipy import linalg
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin, chunks, precise_mean, two_sum, weights
+from vislearn.classical import RowError, Rows, UnlearnerMixin, check_number, chunks, precise_mean, two_sum, weights
 
 Array = NDArray[np.float64]
 LARGEST = 1e6  # condition number, times what deletions have lost, up to which sums are solved: 1e-10 of relative error
@@ -84,10 +83,9 @@ class ExactRidge(MultiOutputMixin, RegressorMixin, UnlearnerMixin, BaseEstimator
     def __init__(self, alpha: float = 1.0, *, fit_intercept: bool = True) -> None:
         self.alpha, self.fit_intercept = alpha, fit_intercept
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+    def fit(self, X: ArrayLike, y: Any, sample_weight: ArrayLike | None = None) -> Self:
         """Fit to rows X (n, d), targets y (n,) or (n, t) and weights (n,)."""
-        if not (isinstance(self.alpha, Real) and 0 <= self.alpha < math.inf):
-            raise RowError(f"alpha must be a number of at least 0, not {self.alpha!r}; ridge's usual one is alpha=1")
+        check_number(self, "alpha", "ridge's usual one is alpha=1")
         x, y = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
         self._flat, self._features = y.ndim == 1, x.shape[1]
         z = np.column_stack([x, y.astype(np.float64)])

@@ -9,7 +9,7 @@ from sklearn.naive_bayes import BernoulliNB, GaussianNB, MultinomialNB
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_non_negative, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin, chunks, precise_mean, two_sum, weights
+from vislearn.classical import RowError, Rows, UnlearnerMixin, chunks, keep_classes, precise_mean, two_sum, weights
 
 Array = NDArray[np.float64]
 KEPT = 2.0**-10  # share of a sum below which it is made again from the rows: three digits may be lost before
@@ -75,13 +75,8 @@ class _ExactNB(UnlearnerMixin):
 
     def _finish(self, at: NDArray[np.intp], counts: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Drop the rows, and the classes that have none left; says which classes stay."""
-        stay = counts > 0
         self._rows.drop(at)
-        if not stay.all():
-            self._rows.columns[1] = (np.cumsum(stay) - 1)[self._rows.columns[1]]
-            self.classes_ = self.classes_[stay]
-        self._counts = counts[stay]
-        return stay
+        return keep_classes(self, counts)
 
 
 class ExactGaussianNB(_ExactNB, GaussianNB):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -13,7 +12,8 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vislearn.classical import RowError, Rows, UnlearnerMixin, chunks
+from vislearn.classical import RowError, Rows, UnlearnerMixin, check_number, check_whole, chunks
+from vislearn.thresholds import mixed
 
 Array = NDArray[np.float64]
 Places = NDArray[np.intp]
@@ -69,10 +69,7 @@ class _ExactKMeans(ClusterMixin, UnlearnerMixin, BaseEstimator):
 
     def _prepare(self, x: Any, counts: Sequence[str]) -> Array:
         """Checked rows; `_seed` is drawn and the rows are kept."""
-        for name in counts:
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:  # type: ignore[operator]
-                raise RowError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_whole(self, dict.fromkeys(counts, 1))
         x = validate_data(self, x, dtype=np.float64)
         if len(x) < self.n_clusters:
             raise RowError(f"n_samples={len(x)} should be >= n_clusters={self.n_clusters}")
@@ -150,10 +147,8 @@ class QKMeans(_ExactKMeans):
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Cluster rows X (n, d)."""
-        if not (isinstance(self.eps, Real) and 0 < self.eps < math.inf):
-            raise RowError(f"eps must be above 0, not {self.eps!r}; a twentieth of the data's range is usual")
-        if not (isinstance(self.gamma, Real) and 0 <= self.gamma < math.inf):
-            raise RowError(f"gamma must be at least 0, not {self.gamma!r}; the authors' is gamma=0.2")
+        check_number(self, "eps", "a twentieth of the data's range is usual", above=True)
+        check_number(self, "gamma", "the authors' is gamma=0.2")
         x = self._prepare(X, ("n_clusters", "max_iter"))
         generator = np.random.default_rng(self._seed)
         self._grid = Grid(float(self.eps), float(self.gamma), generator.random((self.max_iter, x.shape[1])))
@@ -285,16 +280,9 @@ class DCKMeans(_ExactKMeans):
 
 def draws(seed: int, numbers: Places, step: int) -> Array:
     """(n,) uniform numbers in (0, 1), each a function of seed, row number and step (a hash: SplitMix64, twice)."""
-    key = _mix(np.array([seed], np.uint64) + _mix(np.array([step + 2], np.uint64)))
-    bits = _mix(key + _mix(numbers.astype(np.uint64))) >> np.uint64(11)
+    key = mixed(np.array([seed], np.uint64) + mixed(step + 2, 0), 0)
+    bits = mixed(key + mixed(numbers, 0), 0) >> np.uint64(11)
     return (bits.astype(np.float64) + 0.5) * 2.0**-53
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def race(x: Array, numbers: Places, k: int, seed: int) -> Places:

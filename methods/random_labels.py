@@ -11,6 +11,8 @@ from vislearn.errors import UserError
 from vislearn.loader import join_sets
 from vislearn.method import GradientMethod
 
+from .ssd import one_of
+
 
 class RandomLabels(GradientMethod):
     r"""Teach wrong labels on the forget set and the right ones on the retain set.
@@ -46,11 +48,8 @@ class RandomLabels(GradientMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(epochs=epochs, lr=lr, **kwargs)
-        if labels_from not in ("all", "others"):
-            raise UserError(f"labels_from is 'all' or 'others', not '{labels_from}' (--method.labels_from)")
-        if order not in ("sequential", "joined"):
-            raise UserError(f"order is 'sequential' or 'joined', not '{order}' (--method.order)")
-        self.labels_from, self.order = labels_from, order
+        self.labels_from = one_of("labels_from", labels_from, ("all", "others"))
+        self.order = one_of("order", order, ("sequential", "joined"))
 
     def check(self, model: Any, data: ForgetDataModule) -> None:
         super().check(model, data)
@@ -60,8 +59,8 @@ class RandomLabels(GradientMethod):
     def train_stream(self, data: ForgetDataModule) -> Iterable[Any]:
         retain = self.retain_loader(data)
         targets = data.observed(train=True).targets
-        if targets.is_floating_point():
-            self.pool = targets[data.ids("train" if self.labels_from == "all" else "retain")]
+        drawn_from = "train" if self.labels_from == "all" else "retain"
+        self.pool = targets[data.ids(drawn_from)] if targets.is_floating_point() else None
         if self.order == "sequential":
             return OneAfterTheOther(forget=data.loader("forget", batch_size=self.forget_batch_size), retain=retain)
         ids = {"forget": data.ids("forget"), "retain": retain.ids}

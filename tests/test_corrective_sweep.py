@@ -1,12 +1,11 @@
 """The recipes of the corrective benchmark, and the questions that its reproduction asks."""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_corrective import corrective
+from scripts import SWEEPS, script
 
 from vislearn import methods
 from vislearn.cli import parameters
@@ -14,19 +13,13 @@ from vislearn.grid import expand
 from vislearn.networks import OWN
 from vislearn.plan import read_method, read_plan
 
-FOLDER = Path(__file__).parent.parent / "sweeps" / "corrective"
+FOLDER = SWEEPS / "corrective"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def findings() -> Iterator[Any]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import findings
-
-        yield findings
-    finally:
-        sys.path.remove(str(FOLDER))
+def findings() -> Any:
+    return script("corrective/findings")
 
 
 def sides(findings: Any, change: Any = None) -> list[dict[str, Any]]:

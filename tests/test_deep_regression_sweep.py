@@ -1,33 +1,21 @@
 """The sweep of deep regression unlearning: its data, its files, and when a number or a finding counts as reproduced."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from scripts import SWEEPS, script
 
 from vislearn.plan import read_method, read_plan
 
-SWEEP = Path(__file__).parents[1] / "sweeps" / "deep_regression"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SWEEP / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sweep = load("reproduce")
+SWEEP = SWEEPS / "deep_regression"
+sweep = script("deep_regression/reproduce")
 
 
 def test_digits_as_ages() -> None:
-    data = load("digits_ages").DigitsAges(val_fraction=0.1671)
+    data = script("deep_regression/digits_ages").DigitsAges(val_fraction=0.1671)
     data.setup()
     assert {name: len(data.ids(name)) for name in ("train", "val", "test")} == {"train": 1122, "val": 225, "test": 450}
     x, y = next(iter(data.loader("test", train=False, batch_size=4)))

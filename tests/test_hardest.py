@@ -48,7 +48,7 @@ def one_parser() -> Any:
     """A parser takes as long to build as a small search."""
     resolver = Resolver()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardest, "_resolver", lambda: resolver)
+        patch.setattr(hardest, "Resolver", lambda: resolver)
         yield
 
 

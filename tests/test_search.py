@@ -1,28 +1,22 @@
 """The search for the zoo's settings: what it draws, what it can set, and what it keeps."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from scripts import SWEEPS, script
 
 from vislearn import methods
 from vislearn.cli import parameters
 from vislearn.recipe import load_yaml
 
-FOLDER = Path(__file__).parent.parent / "sweeps" / "baselines"
-SPACES = load_yaml(FOLDER / "spaces.yaml")
+SPACES = load_yaml(SWEEPS / "baselines" / "spaces.yaml")
 
 
 @pytest.fixture(scope="module")
 def search() -> Any:
-    spec = importlib.util.spec_from_file_location("search", FOLDER / "search.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("baselines/search")
 
 
 def test_the_papers_settings_come_first_and_the_others_stay_in_the_space(search: Any) -> None:

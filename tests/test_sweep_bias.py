@@ -1,28 +1,21 @@
 """The sweep on biased data: its files can be read, and its lines of acceptance say what the numbers are."""
 
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from vislearn.methods.cupid import CUPID
+from scripts import SWEEPS, script
 
 from vislearn import methods
 from vislearn.cli import parameters
 from vislearn.plan import read_method, read_plan
 
-FOLDER = Path(__file__).parent.parent / "sweeps" / "bias"
+FOLDER = SWEEPS / "bias"
 
 
 @pytest.fixture(scope="module")
 def reproduce() -> Any:
-    spec = importlib.util.spec_from_file_location("reproduce_bias", FOLDER / "reproduce.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bias/reproduce")
 
 
 def test_the_benchmark_file_names_methods_and_their_arguments() -> None:
@@ -30,7 +23,7 @@ def test_the_benchmark_file_names_methods_and_their_arguments() -> None:
     assert plan.recipe["data"]["class_path"] == "ColouredDigits"
     for entry in plan.methods:
         _, config = read_method(entry)
-        cls = CUPID if config["class_path"] == "CUPID" else getattr(methods, config["class_path"])
+        cls = getattr(methods, config["class_path"])
         assert set(config["init_args"]) <= parameters(cls)
         cls(**config["init_args"])
 

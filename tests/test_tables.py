@@ -150,7 +150,7 @@ def test_parquet_gives_what_csv_gives(file: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    columns = read_columns(file, (0, 0))
+    columns = read_columns(file)
     typed = {n: [float(v) for v in c] if n not in ("id", "kind") else c for n, c in columns.items()}
     parquet.write_table(pyarrow.table(typed), file.with_suffix(".parquet"))
     one, other = (Table(f, "price", ignore=["id"]) for f in (file, file.with_suffix(".parquet")))

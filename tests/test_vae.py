@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from toy_data import Toy
 
-from vislearn.vae import VAE, Numbered, Representations, fit, hidden_widths, row_numbers, vae_loss
+from vislearn.vae import VAE, Numbered, Representations, fit, hidden_widths, vae_loss
 
 
 @pytest.mark.parametrize(("latent", "parameters"), [(8, 75_088), (16, 75_872)])
@@ -99,7 +99,7 @@ def test_rows_are_numbered_in_the_loaders_order(batch_size: int) -> None:
         batches = list(Numbered(loader))
         assert torch.equal(torch.cat([rows for _, rows in batches]), expected)
         assert all(torch.equal(x, plain[rows]) for x, rows in batches)
-        assert len(batches) == len(loader) == len(row_numbers(loader))
+        assert len(batches) == len(loader) == len(loader.upcoming())
     assert loader.epoch == 2
 
 

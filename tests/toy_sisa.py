@@ -4,7 +4,7 @@ import numpy as np
 
 from vislearn.sisa_ensemble import Ensemble, Placement, place
 from vislearn.sisa_service import Service
-from vislearn.sisa_table import Rows, Table, row_digests
+from vislearn.sisa_table import Rows, Table, load_table, row_digests
 from vislearn.store import Store
 
 
@@ -73,8 +73,6 @@ def blobs(path, n=24, ids=None):
 
 def service(folder, data, shards=2, epochs=(1, 1), seed=0, **options):
     """A service of naive Bayes, not trained yet."""
-    from vislearn.sisa_table import load_table
-
     classes = np.array(["a", "b", "c"])
     rows = load_table(data, classes)
     ids = np.sort(rows.ids)

@@ -1,10 +1,11 @@
 """Command lines before they are parsed: configuration files by name, class switches, commands derived from others."""
 
+import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -19,6 +20,13 @@ CLASSES = {
     "--data": ("data",),
     "--data.forget": ("data", "init_args", "forget"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see: {self.prog} --help")
 
 
 def config_files(argv: Sequence[str]) -> Iterator[tuple[int, int, str]]:

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from . import progress, runs
-from .arguments import read_config
+from .arguments import Parser, read_config
 from .comparison import rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
@@ -222,9 +222,7 @@ def _bench(original: str, data: str, store: str, seed: int) -> Bench:
 
 def main(argv: Sequence[str]) -> None:
     """`vislearn measure -c FILE --store DIR`: one tier's findings on one stored model."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="vislearn measure", allow_abbrev=False, description=__doc__)
+    parser = Parser(prog="vislearn measure", allow_abbrev=False, description=__doc__)
     parser.add_argument("-c", "--config", required=True, metavar="FILE", help="of, original, tier, seed and data")
     parser.add_argument("--store", default="artifacts", metavar="DIR", help="folder of the stored models")
     options = parser.parse_args(list(argv))

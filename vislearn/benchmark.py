@@ -16,6 +16,7 @@ import yaml
 
 from . import audit, runs
 from . import evaluation as ev
+from .arguments import Parser
 from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
@@ -354,11 +355,6 @@ def audit_results(rule: dict[str, Any], data: ForgetDataModule, config: dict, co
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of `vislearn benchmark`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            raise UserError(f"{message}; `vislearn benchmark --help` lists the options")
-
     parser = Parser(
         prog="vislearn benchmark", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train, retrain, unlearn and evaluate everything that a benchmark file names and that is not\n"

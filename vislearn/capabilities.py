@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from vislearn.arguments import Parser
 from vislearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -201,15 +202,8 @@ def print_table(rows: Sequence[Capability], console: Console | None = None) -> N
     console.print("options of a method: vislearn unlearn --method.help SSD", style="dim", highlight=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see: {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="vislearn methods", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="What each unlearning method reads, serves and costs, read off the classes.",
         epilog="examples:\n  vislearn methods\n  vislearn methods SSD my_file.Mine\n"

@@ -8,10 +8,13 @@ targets of all later trees, and exact removal would be refitting them.
 """
 
 import copy
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
@@ -142,6 +145,45 @@ class UnlearnerMixin(ABC):
         return self._rows.find(rows)
 
 
+def check_whole(estimator: Any, least: Mapping[str, int], also: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+    """Refuse arguments, named with the least that they may be, that are no whole numbers and none of the words."""
+    for name, low in least.items():
+        value, words = getattr(estimator, name), (also or {}).get(name, ())
+        if value not in words and (not isinstance(value, Integral) or value < low):  # type: ignore[operator]
+            other = "".join(f", or {word!r}" for word in words)
+            raise RowError(f"{name} must be a whole number of at least {low}{other}, not {value!r}")
+
+
+def check_words(estimator: Any, **known: tuple[str, ...]) -> None:
+    """Refuse arguments that are none of their words."""
+    for name, words in known.items():
+        if getattr(estimator, name) not in words:
+            raise RowError(f"{name} must be {' or '.join(map(repr, words))}, not {getattr(estimator, name)!r}")
+
+
+def check_number(estimator: Any, name: str, usual: str, above: bool = False) -> None:
+    """Refuse an argument that is no finite number of at least 0, or above it; `usual` says what would be right."""
+    value = getattr(estimator, name)
+    number = float(value) if isinstance(value, Real) else math.nan
+    if not (number > 0 if above else number >= 0) or number == math.inf:
+        raise RowError(f"{name} must be a number {'above' if above else 'of at least'} 0, not {value!r}; {usual}")
+
+
+def keep_classes(estimator: Any, counts: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Take the classes without rows out of an estimator that keeps class numbers as second column; says which stay.
+
+    Args:
+        estimator: with `_rows`, `classes_` and `_counts`, the rows of each class.
+        counts: (C,) rows that are left of each class.
+    """
+    stay = counts > 0
+    if not stay.all():
+        estimator._rows.columns[1] = (np.cumsum(stay) - 1)[estimator._rows.columns[1]]
+        estimator.classes_ = estimator.classes_[stay]
+    estimator._counts = counts[stay]
+    return stay
+
+
 def weights(sample_weight: ArrayLike | None, x: Any) -> NDArray[np.float64]:
     """(n,) weights of rows, ones by default.
 
@@ -159,6 +201,11 @@ def weights(sample_weight: ArrayLike | None, x: Any) -> NDArray[np.float64]:
 def chunks(n: int) -> Iterator[slice]:
     """Slices that cover n rows, a bounded number at a time."""
     return (slice(start, min(n, start + CHUNK)) for start in range(0, n, CHUNK))
+
+
+def stretches(start: NDArray[Any], length: NDArray[Any]) -> NDArray[Any]:
+    """The places of several stretches of an array, one stretch after the other."""
+    return np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
 
 
 def two_sum(high: NDArray[np.float64], low: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -195,11 +242,10 @@ def run(
         and for regressors their largest difference), `parameters` (name -> largest absolute difference of unlearned and
         retrained, None where shapes differ) and `time` (seconds, and how many times faster than refitting).
     """
-    fitted: Callable[[str], Callable[[], Any]] = lambda name: lambda: clone(estimator).fit(*sets[name])  # noqa: E731
-    original, fit_seconds = _timed(fitted("train"), repeats)
+    original, fit_seconds = _timed(partial(_refit, estimator, sets["train"]), repeats)
     copies = [copy.deepcopy(original) for _ in range(repeats)]
     unlearned, seconds = _timed(lambda: copies.pop().unlearn(rows), repeats)
-    retrained, refit_seconds = _timed(fitted("retain"), repeats)
+    retrained, refit_seconds = _timed(partial(_refit, estimator, sets["retain"]), repeats)
     models = {"original": original, "unlearned": unlearned, "retrained": retrained}
     found: dict[str, dict[str, float]] = {name: {} for name in models}
     to_retrained: dict[str, dict[str, float]] = {}
@@ -214,6 +260,10 @@ def run(
         "time": {"fit": fit_seconds, "unlearn": seconds, "retrain": refit_seconds,
                  "speedup": refit_seconds / max(seconds, 1e-9)},
     }  # fmt: skip
+
+
+def _refit(estimator: Any, rows: tuple[NDArray[Any], NDArray[Any]]) -> Any:
+    return clone(estimator).fit(*rows)
 
 
 def _timed(action: Callable[[], Any], repeats: int) -> tuple[Any, float]:
@@ -262,7 +312,6 @@ def _erase(column: Any, at: NDArray[np.intp]) -> None:
     if not sparse.issparse(column):
         column[at] = 0
         return
-    start, length = column.indptr[at], np.diff(column.indptr)[at]
-    entries = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
+    entries = stretches(column.indptr[at], np.diff(column.indptr)[at])
     column.data[entries] = 0
     column.indices[entries] = 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import UserError
-from .sources import data_folders, one_line
+from .sources import data_folders, one_line, stamp
 
 Columns = dict[str, list[str]]
 CATEGORIES = 100  # different words of a column at most: more make no categories
@@ -99,19 +99,13 @@ def locate(path: Path, option: str) -> Path:
                     "the environment variable VISLEARN_DATA")  # fmt: skip
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Size and time of change: the same when nothing changed."""
-    return path.stat().st_size, path.stat().st_mtime_ns
+def read_columns(path: Path) -> Columns:
+    """The columns of a .csv or .parquet file as text, by name; at least one row."""
+    return _read(path, stamp(path))
 
 
 @lru_cache(maxsize=2)  # for the life of the process, which may run many jobs on the same data
-def read_columns(path: Path, stamped: tuple[int, int]) -> Columns:
-    """The columns of a .csv or .parquet file as text, by name; at least one row.
-
-    Args:
-        path: the file.
-        stamped: its `stamp_of`.
-    """
+def _read(path: Path, stamped: str) -> Columns:
     if path.suffix.lower() in (".parquet", ".pq"):
         return _read_parquet(path)
     with path.open(newline="", encoding="utf-8-sig") as file:

@@ -22,9 +22,10 @@ from .errors import UserError
 from .influence import row_loss, trainable
 from .learner import Learner
 from .measure import channels_last, evaluating, layers
-from .metrics.signals import confidence, logit_scaled, losses
+from .metrics.signals import confidence, logit_scaled
 from .shadow_matrix import IN, OUT
 from .shadow_pool import Pool
+from .worst_case_steps import SignSGD, positioned, unlearned_losses
 
 ROWS = 128  # rows of one forward pass of a circuit
 
@@ -37,13 +38,9 @@ def random_scores(data: ForgetDataModule, seed: int = 0) -> Tensor:
 
 def loss_scores(model: Learner, data: ForgetDataModule) -> Tensor:
     """The model's loss of each row in eval mode, without augmentation: (n,)."""
-
-    def one(x: Tensor, y: Tensor) -> Tensor:
-        outputs = model(channels_last(x))
-        return losses(outputs, y) if model.is_classifier else row_loss(model)(outputs.double(), y)
-
-    with evaluating(model), torch.no_grad():
-        return torch.cat([one(x, y).cpu() for x, y in _rows(model, data)])
+    loader, device = data.loader("train", train=False), next(model.parameters()).device
+    with evaluating(model):
+        return unlearned_losses(model, positioned(loader, device), len(loader.ids))
 
 
 def influence_scores(model: Learner, data: ForgetDataModule, of: Literal["all", "head"] = "all") -> Tensor:
@@ -173,10 +170,8 @@ def forgetting_times(
 
     A row that stays above chance has the number of passes, and its probability on top.
     """
-    work, device = (
-        copy.deepcopy(model).eval(),
-        next(model.parameters()).device,
-    )  # eval: statistics of normalisations rest
+    work = copy.deepcopy(model).eval()  # statistics of normalisations rest
+    device = next(model.parameters()).device
     chance = 1 / data.num_classes
     times = torch.full((len(ids),), math.inf, dtype=torch.float64)
     before = _confidences(work, data, ids)
@@ -184,14 +179,12 @@ def forgetting_times(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
         loader = data.loader(ids)
-        parameters = [p for p in work.parameters() if p.requires_grad]
+        optimizer = SignSGD(work.parameters(), settings.lr)
         for number in range(settings.passes):
             for x, y in batches(loader, device):
-                slopes = torch.autograd.grad(work.loss(work(x), y), parameters, allow_unused=True)
-                with torch.no_grad():
-                    for p, slope in zip(parameters, slopes, strict=True):
-                        if slope is not None:
-                            p.add_(slope.sign(), alpha=settings.lr)
+                optimizer.zero_grad()
+                (-work.loss(work(x), y)).backward()
+                optimizer.step()
             now = _confidences(work, data, ids)
             if not torch.isfinite(now).all():
                 raise UserError("the pilot run diverged: a probability is not finite; give --rank=influence")

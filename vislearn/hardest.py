@@ -7,8 +7,6 @@ The folder holds forget.txt (row numbers of the official training split), search
 and how it is spread over the classes) and weights.safetensors (candidates, their scores, and of a search their w).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -17,44 +15,32 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from docstring_parser import parse as parse_docstring
+from safetensors.torch import save_file
 from torch import Tensor
 
 from . import difficulty, progress, runs
 from . import worst_case_steps as steps
+from .arguments import Parser
+from .benchmark import Resolver
 from .data import ForgetDataModule
 from .errors import UserError
 from .folders import storage_fault
 from .learner import Learner
 from .recipe import key, load_yaml, recipe
 from .store import Artifact, Store
-from .worst_case import Found, Settings, search
-
-if TYPE_CHECKING:
-    from .benchmark import Resolver
+from .worst_case import LITERALS, Found, Settings, search
 
 RANKS = ("search", "random", "loss", "influence", "memorisation", "difficulty")
-HELP = {
-    "budget": "share of the training rows to forget, below 1, or their number; of the classes with --kind classes",
-    "kind": "weights for rows or for whole classes", "direction": "which end is taken",
-    "alpha": "length of an upper step", "gamma": "weight of the square of the selection",
-    "rounds": "rounds of both levels", "epochs": "passes over the training rows in the lower level of a round",
-    "lr": "length of a lower step",
-    "objective": "lower level: what is retained, or also minus what is forgotten", "lam": "weight of the latter",
-    "lower_start": "where a lower level begins", "weight_decay": "of the lower level", "slot": "where it goes",
-    "scoring": "how rows are scored", "projection": "how budgets are met", "class_score": "how classes are scored",
-    "budget_rule": "how many classes there are", "binarise_every": "rounds after which the selection is made binary",
-    "cap": "largest share of a class that may be forgotten", "batch_size": "rows per batch",
-    "seed": "of all that is drawn",
-}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     """Find a forget set and write its folder; returns the exit code."""
     options = parse(argv)
-    resolve, store, out = _resolver(), Store(Path(options.store)), Path(options.out)
+    resolve, store, out = Resolver(), Store(Path(options.store)), Path(options.out)
     config = configuration(options, store)
     full = resolve(**config)
     data = resolve.data(full)
@@ -120,8 +106,8 @@ def of_scores(scores: Tensor, data: ForgetDataModule, settings: Settings) -> Fou
     order = scores if settings.direction == "hardest" else -scores
     chosen, tied = steps.top(order, m, labels.targets[candidates], settings.cap)
     w = torch.zeros(len(candidates), dtype=torch.float64).index_fill_(0, chosen, 1.0)
-    said = [f"{tied} of {len(scores)} rows tie at the cut, and the first of them were taken"] if tied else []
-    return Found(candidates[chosen], candidates, w, scores.double(), [], tied, True, m * m / len(candidates), said)
+    return Found(candidates[chosen], candidates, w, scores.double(), [], tied, True, m * m / len(candidates),
+                 steps.ties(tied, len(scores)))  # fmt: skip
 
 
 def report(found: Found, data: ForgetDataModule, settings: Settings) -> dict[str, Any]:
@@ -198,8 +184,6 @@ def writable(out: Path) -> None:
 
 def publish(out: Path, found: Found, about: Mapping[str, Any], searched: bool) -> None:
     """Write the folder beside its place and rename it: nobody reads half of it."""
-    from safetensors.torch import save_file
-
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     tensors = {"candidates": found.candidates, "scores": found.scores} | ({"w": found.w} if searched else {})
     try:
@@ -236,13 +220,6 @@ def _already(out: Path, plan: Mapping[str, Any]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of `vislearn hardest`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            raise UserError(f"{message}; `vislearn hardest --help` lists the options")
-
-    from .worst_case import LITERALS
-
     parser = Parser(prog="vislearn hardest", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("-c", "--config", metavar="FILE", help="recipe of the original model, or a benchmark file")
@@ -256,18 +233,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--influence", choices=["all", "head"], default="all", help="weights in which it is taken")
     parser.add_argument("--shadows", type=int, default=16, metavar="N", help="shadow models of --rank memorisation")
     parser.add_argument("--workers", type=int, help="shadow models that train at once")
+    meaning = {p.arg_name: p.description for p in parse_docstring(Settings.__doc__ or "").params}
     kinds = {float: float, int: int, str: str, float | None: float, int | None: int}
     for f in fields(Settings):
         flags = ["--" + f.name.replace("_", "-")]
-        said = f"{HELP[f.name]} (default: {f.default})"
+        said = f"{meaning[f.name]} (default: {f.default})"
         if f.name in LITERALS:
             parser.add_argument(*flags, choices=LITERALS[f.name], default=f.default, help=said)
         else:
             parser.add_argument(*flags, type=kinds[f.type], default=f.default, help=said)  # type: ignore[index]
     return parser.parse_args(list(argv))
-
-
-def _resolver() -> Resolver:
-    from .benchmark import Resolver
-
-    return Resolver()

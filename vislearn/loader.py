@@ -105,6 +105,10 @@ class Loader:
             return order
         return order.repeat(math.ceil(world / len(order)) + 1)[: self._share() * world][rank::world]
 
+    def upcoming(self) -> list[Tensor]:
+        """Row numbers (b,) of every batch of the next pass."""
+        return self._batches(self.order(self.epoch))
+
     def _share(self) -> int:
         return math.ceil(len(self.ids) / _process()[1]) if self.shuffle else len(self.ids)
 
@@ -216,8 +220,7 @@ class JoinedSets:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        chunks = self.loader._batches(self.loader.order(self.loader.epoch))
-        for ids, (x, y) in zip(chunks, self.loader, strict=True):
+        for ids, (x, y) in zip(self.loader.upcoming(), self.loader, strict=True):
             inside = {name: members[ids].to(x.device) for name, members in self.members.items()}
             yield {name: (x[rows], y[rows]) for name, rows in inside.items()}
 

@@ -56,7 +56,7 @@ class LAFCNN(Network):
 
 
 class Block(models.BasicBlock):
-    """torchvision's, without a sum in place, which per-sample gradients by hooks cannot bear."""
+    """torchvision's, but with a sum that is not in place, which per-sample gradients by hooks cannot bear."""
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -64,7 +64,9 @@ class Block(models.BasicBlock):
 
 
 class LAFResNet18(Network):
-    """torchvision's ResNet-18 with a linear layer of 256 in front of the head: 11,310,410 parameters with 10 classes.
+    """torchvision's ResNet-18, with nothing in place, its last layer cut to 256 and a head behind it.
+
+    With three channels and 10 classes it has 11,310,410 parameters.
 
     Args:
         outputs: outputs of the head.

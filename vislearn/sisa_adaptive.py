@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vislearn.errors import UserError
+from vislearn.sisa_ensemble import votes
 
 Fit = Callable[[NDArray[Any], NDArray[Any]], Any]
 
@@ -149,7 +150,5 @@ class PrivateVotes:
                 f"{self.spent:g} is spent; draw new shards: vislearn sisa fit with another --seed and --service"
             )
         self._answers, self.spent = self._answers + count, total
-        votes = np.zeros(outputs.shape[1:])
-        for one in outputs:
-            votes[np.arange(count), one.argmax(axis=1)] += 1
-        return (votes + self._generator.laplace(scale=2 / self.epsilon, size=votes.shape)).argmax(axis=1)
+        counted = votes(outputs, np.ones(len(outputs)))
+        return (counted + self._generator.laplace(scale=2 / self.epsilon, size=counted.shape)).argmax(axis=1)

@@ -15,14 +15,16 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from vislearn import sisa_plan
+from vislearn import sisa_plan, sisa_report
+from vislearn.arguments import Parser
 from vislearn.errors import UserError
 from vislearn.sisa_ensemble import Placement, place
 from vislearn.sisa_log import Request
+from vislearn.sisa_receipt import read_key
 from vislearn.sisa_service import Service, now
 from vislearn.sisa_table import read_table, row_digests
 
@@ -72,8 +74,6 @@ def fit(options: argparse.Namespace) -> int:
             "give either --data=FILE.npz with --estimator, or --recipe=FILE.yaml with model, data and trainer"
         )
     if options.key is not None:
-        from vislearn.sisa_receipt import read_key
-
         read_key(options.key)
     made = _of_table(options) if options.data is not None else _of_recipe(options)
     Service.create(options.service, vote=options.vote, own_key=options.key is None, **made)
@@ -113,8 +113,6 @@ def retrain(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """What answers and what waits."""
-    from vislearn import sisa_report
-
     found = sisa_report.status(Service(options.service, options.key))
     if options.json:
         print(json.dumps(found, indent=1))
@@ -151,8 +149,6 @@ def predict(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Check recipe, log, models and receipts; 1 when anything is not as it should be."""
-    from vislearn import sisa_report
-
     service = Service(options.service, options.key)
     faults = sisa_report.verify(service, options.again)
     for fault in faults:
@@ -165,7 +161,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def shard_job(argv: Sequence[str]) -> int:
     """What a worker runs: train one shard of a service."""
-    parser = _Parser(prog="shard_job", allow_abbrev=False)
+    parser = Parser(prog="shard_job", allow_abbrev=False)
     parser.add_argument("--service", type=Path, required=True)
     parser.add_argument("--shard", type=int, required=True)
     parser.add_argument("--lineage", required=True)
@@ -270,26 +266,19 @@ def _where(options: argparse.Namespace) -> str:
     return "" if options.service == Path("sisa") else f" --service={options.service}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see: {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vislearn sisa", description="Ensembles that forget rows exactly.", allow_abbrev=False)
-    common = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="vislearn sisa", description="Ensembles that forget rows exactly.", allow_abbrev=False)
+    common = Parser(add_help=False, allow_abbrev=False)
     common.add_argument(
         "--service", type=Path, metavar="DIR", default=Path("sisa"), help="folder of the ensemble (sisa)"
     )
     common.add_argument("--key", type=Path, metavar="FILE", help="key that signs receipts, where it is kept elsewhere")
-    work = _Parser(add_help=False, allow_abbrev=False)
+    work = Parser(add_help=False, allow_abbrev=False)
     work.add_argument("--workers", type=int, default=0, help="processes that train shards; 0 trains in this one (0)")
     work.add_argument("--executor", choices=("local", "slurm"), default="local", help="where workers run (local)")
     verbs = parser.add_subparsers(required=True, metavar="plan|fit|delete|retrain|status|predict|verify")
 
-    def verb(command: Callable[..., int], help: str, *parents: _Parser) -> argparse.ArgumentParser:
+    def verb(command: Callable[..., int], help: str, *parents: Parser) -> argparse.ArgumentParser:
         sub = verbs.add_parser(command.__name__, help=help, description=help, parents=parents, allow_abbrev=False)
         sub.set_defaults(command=command)
         return sub

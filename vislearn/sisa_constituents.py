@@ -194,12 +194,12 @@ class LearnerConstituent:
         """Predict for a set by name, such as "test", or for (n, c, h, w) rows as the model sees them, normalised."""
         import torch
 
-        batch = self.data.batch_size
-        loader: Any = self.data.loader(x, train=False) if isinstance(x, str) else None
-        parts = (b for b, _ in loader) if loader is not None else torch.as_tensor(x).split(batch)
-        self.model.eval()
-        with torch.no_grad():
-            out = torch.cat([self.model(part).float() for part in parts])
+        from vislearn.measure import forward
+
+        if isinstance(x, str):
+            out = torch.cat([forward(self.model, part) for part, _ in self.data.loader(x, train=False)])
+        else:
+            out = forward(self.model, torch.as_tensor(x))
         out = out.softmax(1) if self.model.is_classifier else out
         return out.double().numpy()
 

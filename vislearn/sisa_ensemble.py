@@ -321,9 +321,13 @@ def aggregate(outputs: NDArray[Any], vote: Vote = "majority", weights: ArrayLike
         weights: (S,) weight of each constituent, for example its rows before any request; equal by default.
     """
     w = np.ones(len(outputs)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if vote == "majority":
-        votes = np.zeros(outputs.shape[1:])
-        for one, weight in zip(outputs, w, strict=True):
-            votes[np.arange(len(votes)), one.argmax(axis=1)] += weight
-        return votes.argmax(axis=1)
-    return (w[:, None, None] * outputs).sum(axis=0).argmax(axis=1)
+    total = votes(outputs, w) if vote == "majority" else (w[:, None, None] * outputs).sum(axis=0)
+    return total.argmax(axis=1)
+
+
+def votes(outputs: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, C) what the constituents for each class weigh; (S, n, C) probabilities, (S,) weights."""
+    total = np.zeros(outputs.shape[1:])
+    for one, weight in zip(outputs, weights, strict=True):
+        total[np.arange(len(total)), one.argmax(axis=1)] += weight
+    return total

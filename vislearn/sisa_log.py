@@ -213,10 +213,9 @@ class RequestLog:
         self.path, self.recovered, self._sound = path, "", True
         if not path.exists():  # before a lock is made in a folder that is no service
             read_log(path)
-        self._lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        self._file = -1
+        busy = f"another process is writing {path}; try again when it has ended"
+        self._file, self._lock = -1, _locked(path.with_name(f"{path.name}.lock"), busy, patience)
         try:
-            self._acquire(patience)
             self.state = read_log(path)
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
             if self.state.torn:
@@ -309,17 +308,6 @@ class RequestLog:
         self.state.take(payload, self.path)
         self.state.end += FRAME.size + len(payload)
 
-    def _acquire(self, patience: float) -> None:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise UserError(f"another process is writing {self.path}; try again when it has ended") from None
-                time.sleep(0.02)
-
     def _cut(self) -> None:
         """Cut an unfinished record off, after keeping its bytes beside the log."""
         end, size = self.state.end, self.state.torn
@@ -344,12 +332,25 @@ def _write(descriptor: int, data: bytes) -> None:
 @contextlib.contextmanager
 def exclusive(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock file for the block; refuse with `busy` where another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _locked(path, busy)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(path: Path, busy: str, patience: float = 0.0) -> int:
+    """The descriptor of a lock file that is held until it is closed; refuse with `busy` after so many seconds."""
+    descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + patience
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise UserError(busy) from None
+                time.sleep(0.02)
+    except BaseException:
+        os.close(descriptor)
+        raise

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vislearn import folders
 from vislearn import sisa_receipt as receipts
 from vislearn.sisa_ensemble import KEY, Ensemble, versions
 from vislearn.sisa_log import Received, State, read_log
@@ -99,7 +100,7 @@ def _recipe_faults(folder: Path) -> list[str]:
     faults = []
     for name, entry in Artifact(folder).manifest.items():
         path = folder / name
-        if not path.is_file() or sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        if not path.is_file() or folders.sha256(path) != entry["sha256"]:
             faults.append(f"{name} is not what was written when the ensemble was made")
     return faults
 

@@ -22,6 +22,7 @@ from .errors import UserError
 
 log = logging.getLogger(__name__)
 
+IN_MEMORY = 2_000_000_000  # bytes of images that are held in memory
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
 
@@ -270,6 +271,20 @@ def cached(
             if beside.exists():
                 beside.unlink()
     return tensors, about
+
+
+def images(paths: Sequence[Path], size: int, whole: int, limit: int = IN_MEMORY) -> "Memory | Files":
+    """Image files as a source: decoded into memory once where the data set is small, else read for every batch.
+
+    Args:
+        paths: one image file per row.
+        size: side of the square images.
+        whole: images of the whole data set, which decide.
+        limit: bytes that all of them may take.
+    """
+    if whole * 3 * size**2 <= limit:
+        return decoded(tuple(paths), size, stamp(paths))
+    return Files(paths, size)
 
 
 @lru_cache(maxsize=2)  # the training and the test split of one data set

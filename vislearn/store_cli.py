@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from vislearn.arguments import Parser
 from vislearn.errors import UserError
 from vislearn.recipe import UNSET, differences, key, load_yaml, recipe, shorten
 from vislearn.store import Artifact, Leftover, Store
@@ -124,13 +125,6 @@ def gc(store: Store, options: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see: {self.prog} --help")
-
-
 def kind(recipe: Mapping[str, Any]) -> str:
     """Say what a recipe makes: an original, retrained, unlearned or shadow model, or what was measured on one."""
     if recipe.get("measure"):
@@ -147,8 +141,8 @@ def _forget(recipe: Mapping[str, Any]) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vislearn store", description="The stored models.", allow_abbrev=False)
-    common = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="vislearn store", description="The stored models.", allow_abbrev=False)
+    common = Parser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", metavar="DIR", default="artifacts", help="folder of the stored models (artifacts)")
     verbs = parser.add_subparsers(required=True, metavar="ls|show|verify|explain|gc")
 

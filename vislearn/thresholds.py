@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import xlogy
 
+from .classical import stretches
+
 Ints = NDArray[np.integer[Any]]
 EVERY = np.iinfo(np.uint64).max
 
@@ -101,8 +103,7 @@ class Table:
         self.alive[rows] = False
         for f, codes in enumerate(self.codes[:, rows]):
             value = self.offset[f] + np.unique(codes)
-            size = self.size[value]
-            place = np.repeat(self.first[value] - (np.cumsum(size) - size), size) + np.arange(size.sum())
+            place = stretches(self.first[value], self.size[value])
             there = self.sorted[f, place]
             self.sorted[f, place[~self.alive[there]]] = self.n
             np.subtract.at(self.left, self.offset[f] + codes, 1)
@@ -160,7 +161,7 @@ class Table:
                           code[pick + 1], left[pick], at[pick], at[pick + 1])  # fmt: skip
 
 
-def mixed(seed: np.uint64, *parts: ArrayLike) -> NDArray[np.uint64]:
+def mixed(seed: ArrayLike, *parts: ArrayLike) -> NDArray[np.uint64]:
     """64 bits for each combination of a seed and numbers, as good as independent (the mixer of splitmix64)."""
     out = np.atleast_1d(np.asarray(seed, np.uint64))
     for part in parts:

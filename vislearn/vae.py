@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import progress
-from .data import Loader
 from .learner import Learner, full
+from .loader import Loader
 
 Decoder = Literal["sigmoid", "linear"]
 LIMIT = 2**28  # numbers in a table of representations: 1 GiB of float32
@@ -199,7 +199,7 @@ class Representations:
 
     def walk(self, model: Learner, loader: Loader) -> Iterator[Tensor]:
         """One pass over the rows of a loader in its order; images are read only where a representation is missing."""
-        parts = row_numbers(loader)
+        parts = loader.upcoming()
         at = self.place[torch.cat(parts).to(self.place.device)]
         if self.fixed and self.table is not None and bool(self.known[at].all()):
             loader.set_epoch(loader.epoch + 1)
@@ -228,18 +228,10 @@ class Numbered:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = row_numbers(self.loader)
+        parts = self.loader.upcoming()
         for rows, (x, _) in zip(parts, self.loader, strict=True):
             yield x, rows
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is."""
         self.loader.set_epoch(epoch)
-
-
-def row_numbers(loader: Loader) -> list[Tensor]:
-    """Row numbers of every batch of a loader's next pass."""
-    parts = list(loader.order(loader.epoch).split(loader.batch_size))
-    if len(parts) > len(loader):  # a last batch of a single row joins the one before
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts

@@ -13,9 +13,8 @@ Reference:
 import copy
 import dataclasses
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import progress
@@ -32,9 +30,9 @@ from .data import ForgetDataModule
 from .errors import UserError
 from .folders import storage_fault
 from .learner import Learner
-from .loader import Loader
 from .recipe import differences
 from .sources import sha256
+from .updates import save
 from .worst_case_steps import Direction, Objective, Projection, Slot
 
 LOST = 0.5  # share of the set that may change in the last round before the search is called unsettled
@@ -231,11 +229,10 @@ def search(
         say(f"round {number} of {settings.rounds}: objective {said['objective']:.4g}; of {m}, {said['overlap_start']} "
             f"are in the start and {said['overlap_previous']} in the set before ({said['seconds']:.0f} s)")  # fmt: skip
         before = chosen
-    chosen = steps.top(w, m, capped, settings.cap)[0]
-    rows = torch.isin(units, chosen)
+    rows = torch.isin(units, before)
     found = Found(candidates[rows], candidates, w[units], losses, curve, int(curve[-1]["tied"]),
                   any(c["overlap_start"] < m for c in curve), m * len(first) / n,
-                  classes=values[chosen].tolist() if settings.kind == "classes" else [])  # fmt: skip
+                  classes=values[before].tolist() if settings.kind == "classes" else [])  # fmt: skip
     found.warnings = _warnings(found, settings, m, n)
     return found
 
@@ -247,8 +244,8 @@ def _unlearned(model: Learner, data: ForgetDataModule, settings: Settings, w: Te
         torch.manual_seed(_seed(settings.seed, number))
         work = copy.deepcopy(model) if settings.lower_start == "original" else model.fresh().to(device)
         loader = data.loader("train", batch_size=settings.batch_size)
-        passes = (_with_positions(loader, device, f"round {number}/{settings.rounds}, epoch {epoch + 1}",
-                                  (number - 1 + epoch / (settings.epochs + 1)) / settings.rounds)
+        passes = (_told(steps.positioned(loader, device), f"round {number}/{settings.rounds}, epoch {epoch + 1}",
+                        (number - 1 + epoch / (settings.epochs + 1)) / settings.rounds)
                   for epoch in range(settings.epochs))  # fmt: skip
         parameters = [p for p in work.parameters() if p.requires_grad]
         if not parameters:
@@ -257,19 +254,14 @@ def _unlearned(model: Learner, data: ForgetDataModule, settings: Settings, w: Te
         steps.lower_level(work, passes, w.to(device), optimizer, settings.objective, settings.lam)
         work.train(settings.scoring == "released")
         loader = data.loader("train", train=settings.scoring == "released", batch_size=settings.batch_size)
-        return steps.unlearned_losses(work, _with_positions(loader, device), len(w))
+        return steps.unlearned_losses(work, steps.positioned(loader, device), len(w))
 
 
-def _with_positions(
-    loader: Loader, device: torch.device, said: str = "", done: float = 0.0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Batches of the next pass, with where each row stands among the candidates."""
-    order, at = torch.searchsorted(loader.ids, loader.order(loader.epoch)).to(device), 0
-    for x, y in loader:
-        yield order[at : at + len(y)], x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        at += len(y)
-        if said:
-            progress.report(done, said)
+def _told(batches: Iterable[steps.Batch], said: str, done: float) -> Iterator[steps.Batch]:
+    """The batches of a pass, with the progress reported behind each."""
+    for batch in batches:
+        yield batch
+        progress.report(done, said)
 
 
 def _by_unit(losses: Tensor, units: Tensor, settings: Settings, data: ForgetDataModule) -> Tensor:
@@ -310,29 +302,21 @@ def _warnings(found: Found, settings: Settings, m: int, n: int) -> list[str]:
     if 2 * settings.alpha * settings.gamma > 1:
         out.append(f"2 alpha gamma is {2 * settings.alpha * settings.gamma:g}, above 1: a step throws {settings.kind} "
                    "out for being in; give a smaller --alpha or --gamma")  # fmt: skip
-    if found.tied:
-        out.append(f"{found.tied} of {n} {settings.kind} tie at the cut, and the first of them were taken")
-    return out
+    return out + steps.ties(found.tied, n, settings.kind)
 
 
 # the state of a search
 
 
 def _keep(state: Path, identity: dict[str, Any], w: Tensor, losses: Tensor, curve: list[dict[str, float]]) -> None:
-    """One file, written beside and renamed."""
     about = {"about": json.dumps({"identity": identity, "curve": curve})}
-    beside = state.with_name(f".{state.name}.{os.getpid()}")
     try:
         state.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"w": w, "losses": losses}, beside, metadata=about)
-        os.replace(beside, state)
+        save(state, {"w": w, "losses": losses}, about)
     except (OSError, SafetensorError) as error:
         reason = storage_fault(error, state.parent) or str(error)
         raise UserError(f"the search cannot keep its state in {state.parent}: {reason}; choose another place with "
                         "--out") from None  # fmt: skip
-    finally:
-        if state.parent.is_dir():
-            beside.unlink(missing_ok=True)
 
 
 def _resume(state: Path, identity: dict[str, Any]) -> tuple[Tensor, Tensor, list[dict[str, float]]]:

@@ -9,20 +9,24 @@ Reference:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .influence import row_loss
 from .learner import Learner
+from .loader import Loader, batches
 from .measure import channels_last
+from .metrics.signals import logit_scaled
 
 Direction = Literal["hardest", "easiest"]
 Projection = Literal["exact", "bisection"]
 Objective = Literal["released", "paper"]
 Slot = Literal["decay", "dampening"]
+Batch = tuple[Tensor, Tensor, Tensor]  # positions of the rows among the candidates (b,), x, y
 
 
 def project(a: Tensor, m: int) -> Tensor:
@@ -123,6 +127,11 @@ def top(w: Tensor, m: int, classes: Tensor | None = None, cap: float | None = No
     return chosen.sort().values, tied
 
 
+def ties(tied: int, n: int, what: str = "rows") -> list[str]:
+    """What is to be said of entries that tie at the cut, as `top` counts them."""
+    return [f"{tied} of {n} {what} tie at the cut, and the first of them were taken"] if tied else []
+
+
 def class_scores(losses: Tensor, classes: Tensor, batch: int | None = None) -> Tensor:
     """One score per class: the mean loss of its rows.
 
@@ -198,7 +207,7 @@ class SignSGD(torch.optim.Optimizer):
 
 
 def lower_level(
-    model: Learner, passes: Iterable[Iterable[tuple[Tensor, Tensor, Tensor]]], w: Tensor, optimizer: SignSGD,
+    model: Learner, passes: Iterable[Iterable[Batch]], w: Tensor, optimizer: SignSGD,
     objective: Objective = "released", lam: float = 1.0,
 ) -> None:  # fmt: skip
     """Unlearn a selection: one step a batch, with the model in train mode; the model is changed in place.
@@ -215,10 +224,10 @@ def lower_level(
         UserError: the loss is not finite.
     """
     model.train()
-    total = torch.zeros((), dtype=torch.float64)
-    for batches in passes:
-        for positions, x, y in batches:
-            losses = row_losses(model, x, y)
+    total, row_losses = torch.zeros((), dtype=torch.float64), row_loss(model)
+    for rows in passes:
+        for positions, x, y in rows:
+            losses = row_losses(model(channels_last(x)), y)
             share = w[positions].to(losses)
             loss = lower_loss(losses, share, objective, lam)
             optimizer.zero_grad()
@@ -231,13 +240,13 @@ def lower_level(
     optimizer.zero_grad()
 
 
-def row_losses(model: Learner, x: Tensor, y: Tensor) -> Tensor:
-    """The learner's own loss of each row, (b,)."""
-    outputs = model(channels_last(x))
-    return model.loss(outputs, y, reduction="none").reshape(len(outputs), -1).mean(1)
+def positioned(loader: Loader, device: torch.device) -> Iterator[Batch]:
+    """The batches of a loader's next pass, with where each row stands among its rows, which ascend."""
+    for rows, (x, y) in zip(loader.upcoming(), batches(loader, device), strict=True):
+        yield torch.searchsorted(loader.ids, rows).to(device), x, y
 
 
-def unlearned_losses(model: Learner, batches: Iterable[tuple[Tensor, Tensor, Tensor]], n: int) -> Tensor:
+def unlearned_losses(model: Learner, rows: Iterable[Batch], n: int) -> Tensor:
     """How little a model knows of each row, (n,) float64: cross-entropy of classifiers, a regressor's own loss.
 
     Cross-entropy is taken from the log-odds of the true class, so that rows which a model is sure of keep their order.
@@ -245,19 +254,16 @@ def unlearned_losses(model: Learner, batches: Iterable[tuple[Tensor, Tensor, Ten
 
     Args:
         model: the learner.
-        batches: (positions, x, y), on the model's device.
+        rows: batches (positions, x, y), on the model's device.
         n: number of rows.
     """
-    from .metrics.signals import logit_scaled
-
     found = torch.full((n,), math.nan, dtype=torch.float64)
     with torch.no_grad():
-        for positions, x, y in batches:
-            if model.is_classifier:
-                losses = nn.functional.softplus(-logit_scaled(model(channels_last(x)).double(), y))
-            else:
-                losses = row_losses(model, x, y).double()
-            found[positions] = losses.cpu()
+        for positions, x, y in rows:
+            outputs = model(channels_last(x)).double()
+            losses = (nn.functional.softplus(-logit_scaled(outputs, y)) if model.is_classifier
+                      else row_loss(model)(outputs, y))  # fmt: skip
+            found[positions.cpu()] = losses.cpu()
     return found
 
 

@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from lightning import Callback, seed_everything
 from torch import Tensor
-from vislearn.datamodules.biased import ColouredDigits
-from vislearn.datamodules.waterbirds import Waterbirds
-from vislearn.methods.cupid import CUPID, sharpness
+from vislearn.methods.cupid import sharpness
 
 from vislearn import runs
 from vislearn.cli import quiet
 from vislearn.data import ForgetDataModule
+from vislearn.datamodules import ColouredDigits, Waterbirds
 from vislearn.forget import ClassForget
 from vislearn.learner import Classifier, Learner
 from vislearn.measure import forward
 from vislearn.method import UnlearningMethod
-from vislearn.methods import DELETE, BadTeacher, GradientAscent
+from vislearn.methods import CUPID, DELETE, BadTeacher, GradientAscent
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.roc import roc
 from vislearn.trainer import DEFAULTS, Trainer

@@ -9,7 +9,6 @@ a refit. An estimator is not fitted to more rows once a fit took longer than --m
 import argparse
 import copy
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from sklearn.base import clone
 from vislearn import methods, runs
 from vislearn.report.svg import LogAxis, line, path, text
 
-# name in `vislearn.methods` -> arguments; those that are not there are left out
+# name in `vislearn.methods` -> arguments
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "ExactRidge": {}, "ExactGaussianNB": {}, "ExactMultinomialNB": {}, "ExactBernoulliNB": {"binarize": 2.0},
     "ExactKNeighborsClassifier": {}, "ExactKNeighborsRegressor": {}, "QKMeans": {"n_clusters": 5, "random_state": 0},
@@ -101,13 +100,6 @@ def drawing(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{"".join(parts)}</svg>\n'
 
 
-def write(where: Path, content: str) -> None:
-    """Write beside the place and rename."""
-    beside = where.with_name(f".{where.name}.{os.getpid()}")
-    beside.write_text(content)
-    os.replace(beside, where)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,9 +116,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     notes = []
     for name in options.only:
-        if not hasattr(methods, name):
-            notes.append(f"{name} is not there")
-            continue
         estimator = getattr(methods, name)(**ESTIMATORS[name])
         for n in sorted(options.rows):
             row = measure(estimator, *data(name, n, options.features), options.repeats)
@@ -140,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(note)
     results = {"machine": runs.machine() | runs.versions(), "features": options.features, "found": found,
                "notes": notes}  # fmt: skip
-    write(options.json, json.dumps(results, indent=1) + "\n")
+    options.json.write_text(json.dumps(results, indent=1) + "\n")
     if found:
-        write(options.svg, drawing(found))
+        options.svg.write_text(drawing(found))
 
 
 if __name__ == "__main__":

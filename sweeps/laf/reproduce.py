@@ -76,6 +76,11 @@ class ShareOfClasses(Forget):
         return checked(self, torch.cat(chosen).sort().values, candidates, len(labels))
 
 
+def rule(task: str) -> Forget:
+    """What a task of the recipe forgets."""
+    return ShareOfClasses() if task == "random" else ClassForget([0])
+
+
 class Trained(Classifier):
     """The authors' training: Adam, with weight decay in the gradient."""
 
@@ -116,7 +121,6 @@ def measured(model: Learner, data: ForgetDataModule) -> dict[str, float]:
 def run(scale: Mapping[str, Any], seeds: Sequence[int], root: Path) -> dict[str, list[dict[str, Any]]]:
     """Task and model -> what each seed gave."""
     arch = "cnn_laf" if scale["data"] == "digits" else "resnet18_laf"
-    rules = {name: ShareOfClasses() if name == "random" else ClassForget([0]) for name in scale["tasks"]}
     found: dict[str, list[dict[str, Any]]] = {}
 
     def keep(task: str, name: str, seed: int, numbers: dict[str, Any]) -> None:
@@ -127,7 +131,7 @@ def run(scale: Mapping[str, Any], seeds: Sequence[int], root: Path) -> dict[str,
     for seed in seeds:
         original = train(data_module(scale["data"], None, root), arch, seed)
         for task, options in scale["tasks"].items():
-            data = data_module(scale["data"], rules[task], root)
+            data = data_module(scale["data"], rule(task), root)
             if task in ("class", "random"):
                 keep(task, "original", seed, measured(original, data))
                 keep(task, "retrained", seed, measured(train(data, arch, seed), data))
@@ -200,8 +204,7 @@ def main() -> None:
     found = run(scale, arguments.seeds or scale["seeds"], arguments.root)
     sizes = {}
     for task in scale["tasks"]:
-        rule = ShareOfClasses() if task == "random" else ClassForget([0])
-        indices = data_module(scale["data"], rule, arguments.root).indices
+        indices = data_module(scale["data"], rule(task), arguments.root).indices
         sizes |= {f"{task}/{name}": len(ids) for name, ids in indices.items()}
     lines = table(found, sizes)
     for line in lines:

@@ -12,15 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from scipy import stats
 
 from vislearn import benchmark, hardest
 from vislearn.cli import quiet
 from vislearn.errors import UserError
 from vislearn.jobs import run_all
-from vislearn.metrics.gap import gap
+from vislearn.metrics.gap import gap, interval
 from vislearn.plan import Plan, shipped
 from vislearn.recipe import load_yaml
 from vislearn.store import Store
@@ -42,9 +40,8 @@ def numbers(metrics: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 
 def with_interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean over seeds with Student's 95 % interval, which takes two of them."""
-    mean, n = float(np.mean(values)), len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else None
-    return {"mean": mean, "half": half, "values": [float(v) for v in values]}
+    mean, _, high = interval(values)
+    return {"mean": mean, "half": None if high is None else high - mean, "values": [float(v) for v in values]}
 
 
 def rule_of(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +100,8 @@ def settings_of(scale: Mapping[str, Any]) -> list[Any]:
     """The methods with settings that were chosen for random rows; as in the paper they are kept for the worst set."""
     tuned: dict[str, Any] = {}
     if scale["settings"]:
-        tuned = load_yaml(next(iter(shipped().values())).parent / "tuned" / f"{scale['settings']}.yaml").get(
-            "random", {}
-        )
+        folder = next(iter(shipped().values())).parent / "tuned"
+        tuned = load_yaml(folder / f"{scale['settings']}.yaml")["random"]
     methods: list[Any] = []
     for name in METHODS:
         chosen = {**tuned.get(name, {}), **scale["given"].get(name, {})}

@@ -1,7 +1,6 @@
 """Gaussian fine-tuning: which values the forget set gets, once, and what is said of them."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,18 +11,11 @@ from toy_data import refusal
 from vislearn.methods.gaussian_fine_tuning import GaussianAmnesiac, gaussian_targets, probability_outside
 
 from vislearn.forget import RandomForget
+from vislearn.forget_values import QuantileForget
 
 
-class Lowest(RandomForget):
-    """The rows with the lowest targets."""
-
-    def indices(self, labels: Any, candidates: torch.Tensor) -> torch.Tensor:
-        order = labels.targets[candidates].argsort(stable=True)
-        return candidates[order[: len(order) // 4]].sort().values
-
-
-def few(rule: Any = None) -> FewRows:
-    data = FewRows(True, forget=rule or Lowest())
+def few() -> FewRows:
+    data = FewRows(True, forget=QuantileForget(0, 0.25))
     data.setup()
     return data
 

@@ -9,28 +9,12 @@ from few_rows import FewRows, Linear
 from lightning import seed_everything
 from test_zoo import Tiny, trainer
 
-from vislearn.forget import RandomForget
+from vislearn.forget_values import BandForget, QuantileForget
 from vislearn.methods import RandomLabels, SalUn, SalUnSoft
 
 
-class Lowest(RandomForget):
-    """The quarter of the rows with the lowest targets."""
-
-    def indices(self, labels: Any, candidates: torch.Tensor) -> torch.Tensor:
-        order = labels.targets[candidates].argsort(stable=True)
-        return candidates[order[: len(order) // 4]].sort().values
-
-
-class Brightest(RandomForget):
-    """The rows of the largest target."""
-
-    def indices(self, labels: Any, candidates: torch.Tensor) -> torch.Tensor:
-        y = labels.targets[candidates]
-        return candidates[y == y.max()]
-
-
 def tiny() -> Tiny:
-    data = Tiny(True, forget=Brightest())
+    data = Tiny(True, forget=BandForget(low=0.75))
     data.setup()
     return data
 
@@ -73,7 +57,7 @@ def test_only_rows_to_forget_get_them(order: Any) -> None:
 
 @pytest.mark.parametrize("cls", [RandomLabels, SalUn, SalUnSoft])
 def test_a_regressor_loses_the_band(cls: Any) -> None:
-    data = FewRows(True, forget=Lowest())
+    data = FewRows(True, forget=QuantileForget(0, 0.25))
     data.setup()
     original = Linear(values=True)  # which knows the values, but for their noise
     x, y = (torch.cat(part) for part in zip(*data.loader("forget", train=False), strict=True))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_stream import Wrapped
 
 Array = np.ndarray
 
@@ -66,6 +67,17 @@ class Case:
         """Assert equality within the case's own tolerance of a group."""
         mine, theirs = (v.detach().numpy() if isinstance(v, Tensor) else v for v in (mine, theirs))
         np.testing.assert_allclose(mine, theirs, **self.meta["tolerance"][group], err_msg=what)
+
+
+class Stack(Wrapped):
+    """A case's network; its last part is the head, and all before it give the features."""
+
+    @property
+    def head(self) -> nn.Module:
+        return self.net[-1]  # type: ignore[index]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net[:-1](x)  # type: ignore[index]
 
 
 def folder() -> Path:

@@ -5,33 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_stream import quiet_trainer
 from vislearn.methods.boundary import BoundaryExpand, BoundaryShrink, nearest_class, remove_output, step
 
 from vislearn.data import ForgetDataModule, Labels, Loader, Memory
-from vislearn.learner import Learner
-from vislearn.trainer import Trainer
 
-from .harness import Case, of_kind
-
-
-class Stack(Learner):
-    """A case's network, whose last layer is its head."""
-
-    def __init__(self, net: nn.Sequential) -> None:
-        super().__init__()
-        self.net = net
-
-    @property
-    def head(self) -> nn.Module:
-        return self.net[-1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    features = forward
-
-    def loss(self, outputs: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        return F.cross_entropy(outputs, y, reduction=reduction)
+from .harness import Case, Stack, of_kind
 
 
 class Rows(ForgetDataModule):
@@ -58,10 +37,8 @@ class Rows(ForgetDataModule):
 
 
 def run(method: BoundaryShrink | BoundaryExpand, case: Case) -> Stack:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False)  # fmt: skip
     model = Stack(case.network("theta0.", "model"))
-    return method.unlearn(model, Rows(case), trainer)  # type: ignore[return-value]
+    return method.unlearn(model, Rows(case), quiet_trainer())  # type: ignore[return-value]
 
 
 def options(case: Case, rate: str) -> dict[str, Any]:

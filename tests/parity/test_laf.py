@@ -6,29 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from toy_stream import quiet_trainer
 from vislearn.methods.laf import LAF, LAFR, alignment_loss, distance, psi
 
 from vislearn.data import ForgetDataModule, Labels, Loader, Memory
 from vislearn.forget import ClassForget
-from vislearn.learner import Learner
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.laf_attack import LEFT_OUT, attack_rows, success
-from vislearn.trainer import Trainer
 from vislearn.vae import VAE, Reconstruction, fit, vae_loss
 
-from .harness import Case, cases, folder
+from .harness import Case, Stack, of_kind
 
 
-def of_laf(kind: str) -> pytest.MarkDecorator:
-    """Every case of a kind that is about LAF: other topics use the same words for kinds of their own."""
-    found = [c for c in cases().get(kind, ()) if c.meta["topic"] == "laf"]
-    missing = pytest.param(None, marks=pytest.mark.skipif(True, reason=f"no case under {folder()}"), id="none")
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.path.stem) for c in found] or [missing])
-
-
-@of_laf("losses")
+@of_kind("losses", topic="laf")
 def test_autoencoder_loss(case: Case) -> None:
     inputs = {name: case[f"vae_{name}"].requires_grad_() for name in ("out", "x", "mu", "sigma")}
     loss = vae_loss(*inputs.values(), case.meta["hyperparameters"]["kl_weight"])
@@ -37,7 +28,7 @@ def test_autoencoder_loss(case: Case) -> None:
         case.close("all", gradient, case[f"exp_vae_grad_{name}"], name)
 
 
-@of_laf("losses")
+@of_kind("losses", topic="laf")
 @pytest.mark.parametrize("size", ["mid", "big", "tiny"])
 def test_reconstruction_score(case: Case, size: str) -> None:
     out, e = (case[f"rec_{size}_{name}"].requires_grad_() for name in ("out", "e"))
@@ -47,7 +38,7 @@ def test_reconstruction_score(case: Case, size: str) -> None:
         case.close("all", gradient, case[f"exp_rec_{size}_grad_{name}"], name)
 
 
-@of_laf("losses")
+@of_kind("losses", topic="laf")
 def test_alignment_loss(case: Case) -> None:
     h = case.meta["hyperparameters"]
     (temperatures,) = (value for name, value in h.items() if name.startswith("temperatures"))
@@ -96,27 +87,6 @@ class Given(VAE):
             case.close("weights", p, case[f"exp_vae_{which}/{NAMES[layer]}.{kind}"], name)
 
 
-class Stack(Learner):
-    """A case's network; all but its last part is the extractor."""
-
-    def __init__(self, net: nn.Sequential) -> None:
-        super().__init__()
-        self.net = net
-
-    @property
-    def head(self) -> nn.Module:
-        return self.net[-1]
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.net[:-1](x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-    def loss(self, outputs: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        return F.cross_entropy(outputs, y, reduction=reduction)
-
-
 class Rows(ForgetDataModule):
     """The case's three lists of batches, in their order in every epoch."""
 
@@ -142,9 +112,6 @@ class Rows(ForgetDataModule):
         return torch.arange(len(self.y)) if name == "train" else self.rows[name]
 
     def loader(self, name: Any, *args: Any, **kwargs: Any) -> Loader:
-        if isinstance(name, Tensor):  # the labelled rows, here all that are retained
-            assert torch.equal(name, self.rows["retain"])
-            name = "retain"
         return Loader(Memory(self.x), self.y, self.rows[name], self.sizes[name])
 
 
@@ -174,12 +141,7 @@ class Watched(LAFR):
         self.first = self.first or {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
 
-def trainer() -> Trainer:
-    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                   enable_model_summary=False)  # fmt: skip
-
-
-@of_laf("pipeline")
+@of_kind("pipeline", topic="laf")
 @pytest.mark.parametrize("which", ["all", "forget"])
 def test_training_of_an_autoencoder(case: Case, which: str) -> None:
     h, model, data = case.meta["hyperparameters"], Stack(case.network().eval()), Rows(case)
@@ -191,7 +153,7 @@ def test_training_of_an_autoencoder(case: Case, which: str) -> None:
     vae.compare(case, which)
 
 
-@of_laf("pipeline")
+@of_kind("pipeline", topic="laf")
 def test_unlearning_and_repair(case: Case) -> None:
     method, model = Watched(case), Stack(case.network())
     states: list[dict[str, Tensor]] = []
@@ -202,7 +164,7 @@ def test_unlearning_and_repair(case: Case) -> None:
         behind(self, data)
 
     method.judge = keep.__get__(method)  # type: ignore[method-assign]
-    method.unlearn(model, Rows(case), trainer())
+    method.unlearn(model, Rows(case), quiet_trainer())
     for vae, which in zip(method.made, ("all", "forget"), strict=True):
         vae.compare(case, which)  # bit by bit what they were before unlearning, so as close as behind their training
         assert next(vae.drawn, None) is None
@@ -229,7 +191,7 @@ def logits(case: Case, name: str) -> Tensor:
     return about["amp"] * (0.7 * i + 1.9 * c + about["phase"]).sin() + 2 * (0.013 * i * (c + 1)).cos()
 
 
-@of_laf("evaluation")
+@of_kind("evaluation", topic="laf")
 def test_rows_of_the_attack_and_its_success(case: Case) -> None:
     rows = attack_rows(*(logits(case, name) for name in ("sample", "test", "forget")))
     counts = {
@@ -247,7 +209,7 @@ def test_rows_of_the_attack_and_its_success(case: Case) -> None:
     case.close("others", success(rows.x[:, -1], rows.y, 0.9).rate, case["exp_asr_threshold_rule"])
 
 
-@of_laf("evaluation")
+@of_kind("evaluation", topic="laf")
 def test_accuracy_on_chosen_labels_and_the_rows_of_a_class(case: Case) -> None:
     outputs, y = case["acc_logits"], case["acc_labels"]
     chosen = torch.isin(y, torch.tensor([0, 3]))

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .signals import correctness
+
 CONFLICTING, ALIGNED = 0, 1
 LEARNED = 0.2  # by how much a model must be better on aligned rows for a shortcut to have been learned
 FEWEST = 30  # conflicting rows below which an accuracy on them says little
@@ -32,22 +34,19 @@ def group_accuracy(outputs: Tensor, targets: Tensor, aligned: Tensor) -> Tensor:
         (k, 2) float64; NaN for a group without rows, and where an output is NaN.
     """
     classes = outputs.shape[1]
-    hits = (outputs.argmax(1) == targets).double().masked_fill(outputs.isnan().any(1), math.nan)
-    group = 2 * targets + aligned
+    hits, group = correctness(outputs, targets), 2 * targets + aligned
     right = torch.zeros(2 * classes, dtype=torch.float64, device=hits.device).index_add_(0, group, hits)
     return (right / torch.bincount(group, minlength=2 * classes)).view(classes, 2)
 
 
 def worst_group(table: Tensor) -> float:
     """The lowest accuracy of any group that has rows: what is to be high on classes that stay; NaN without any."""
-    known = table[~table.isnan()]
-    return known.min().item() if len(known) else math.nan
+    return min(table[~table.isnan()].tolist(), default=math.nan)
 
 
 def most_kept_group(table: Tensor) -> float:
     """The highest accuracy of any group that has rows: what is to be low on a class that is to be forgotten."""
-    known = table[~table.isnan()]
-    return known.max().item() if len(known) else math.nan
+    return max(table[~table.isnan()].tolist(), default=math.nan)
 
 
 def group_gap(aligned: float, conflicting: float) -> float:
