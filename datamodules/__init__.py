@@ -9,9 +9,13 @@ from .cifar100 import CIFAR100
 from .digits import Digits
 from .image_folder import ImageFolder
 from .image_table import ImageTable
+from .joined import Joined
 from .pairs import EmbeddedPairs
+from .permuted import Permuted
 from .series import ETTh1, Series
+from .split_classes import SplitClasses
 from .tables import California, Diabetes, Table
+from .tiny_imagenet import TinyImageNet
 from .waterbirds import Waterbirds
 
 __all__ = [
@@ -29,9 +33,13 @@ __all__ = [
     "EmbeddedPairs",
     "ImageFolder",
     "ImageTable",
+    "Joined",
+    "Permuted",
     "Series",
+    "SplitClasses",
     "Table",
     "TextureDigits",
+    "TinyImageNet",
     "UTKFace",
     "Waterbirds",
 ]

@@ -1,4 +1,5 @@
-"""The unlearning methods, one file per paper: of networks in `__all__`, scikit-learn estimators in `ESTIMATORS`."""
+"""The methods, one file per paper: unlearning of networks in `__all__`, scikit-learn estimators in `ESTIMATORS`, and
+strategies that learn a stream of tasks in `STRATEGIES`."""
 
 import importlib
 import typing
@@ -106,22 +107,42 @@ ESTIMATORS = {
     "QKMeans": "quantised_k_means",
 }
 
+# what `vislearn continual` learns tasks with, and the file of each
+STRATEGIES = {
+    "CLPU": "clpu",
+    "DERpp": "replay",
+    "ER": "replay",
+    "EWC": "ewc",
+    "Finetune": "replay",
+    "LwF": "lwf",
+    "UER": "uer",
+    "UnCLe": "uncle",
+}
+
 if typing.TYPE_CHECKING:
     from .certified_removal import CertifiedRemoval as CertifiedRemoval
+    from .clpu import CLPU as CLPU
     from .dare_forest import DaRE as DaRE
+    from .ewc import EWC as EWC
     from .influence_removal import InfluenceLogistic as InfluenceLogistic
     from .influence_removal import InfluenceRidge as InfluenceRidge
     from .k_nearest_neighbours import ExactKNeighborsClassifier as ExactKNeighborsClassifier
     from .k_nearest_neighbours import ExactKNeighborsRegressor as ExactKNeighborsRegressor
     from .linear_regression import ExactRidge as ExactRidge
+    from .lwf import LwF as LwF
     from .naive_bayes import ExactBernoulliNB as ExactBernoulliNB
     from .naive_bayes import ExactGaussianNB as ExactGaussianNB
     from .naive_bayes import ExactMultinomialNB as ExactMultinomialNB
     from .quantised_k_means import DCKMeans as DCKMeans
     from .quantised_k_means import QKMeans as QKMeans
+    from .replay import ER as ER
+    from .replay import DERpp as DERpp
+    from .replay import Finetune as Finetune
+    from .uer import UER as UER
+    from .uncle import UnCLe as UnCLe
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name in ESTIMATORS:
-        return getattr(importlib.import_module(f".{ESTIMATORS[name]}", __name__), name)
+    if file := ESTIMATORS.get(name) or STRATEGIES.get(name):
+        return getattr(importlib.import_module(f".{file}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -358,19 +358,3 @@ def test_report_numbers_are_plain_json(at_home: Path) -> None:
     for name in store.keys():  # noqa: SIM118
         for file in store[name].path.glob("*.json"):
             assert isinstance(json.loads(file.read_text()), dict)
-
-
-def test_a_training_on_two_devices_is_stored_once_and_unlearning_on_two_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("recipe.yaml").write_text(RECIPE)
-    two = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-m", "vislearn", "fit", "-c", "recipe.yaml", *two]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    store = Store("artifacts")
-    (name,) = store.keys()
-    assert store[name].faults() == []
-    assert done.stdout.count("stored: ") == 1
-    assert "one device" in fault(capsys, "unlearn", "-c", "recipe.yaml", *FORGET, "--method=GradientAscent", *two)

@@ -103,16 +103,19 @@ def test_zipped_loaders_cycle_the_shorter_one() -> None:
     assert len(list(zip_loaders(steps=range(7), retain=retain))) == 7
 
 
-def test_processes_share_a_shuffled_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = Toy(batch_size=4).loader("train")  # 18 rows
-    whole = loader.order(3)
+def test_processes_divide_a_shuffled_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Toy(batch_size=8).loader("train")  # 18 rows: 8, 8 and 2
+    whole = loader.upcoming()
     shares = []
     for rank in range(4):
         monkeypatch.setattr(loader_module, "_process", lambda rank=rank: (rank, 4))
-        shares.append(loader.order(3).tolist())
-        assert len(list(loader)) == len(loader) == 1  # five rows: a single one joins the four before it
-    assert {len(share) for share in shares} == {5}
-    assert sorted({i for share in shares for i in share}) == sorted(whole.tolist())
+        shares.append(loader.upcoming())
+        assert torch.equal(loader.order(0), torch.cat(shares[-1]))
+        assert [len(y) for _, y in loader] == [2, 2, 2]  # the last batch is too small: each process reads all of it
+        loader.set_epoch(0)
+    for step in range(2):
+        assert sorted(torch.cat([share[step] for share in shares]).tolist()) == sorted(whole[step].tolist())
+    assert all(torch.equal(share[2], whole[2]) for share in shares)
     assert len(Toy().loader("train", train=False).order(0)) == 18  # evaluation is not divided
 
 

@@ -50,6 +50,11 @@ def test_rows_of_the_attack_are_drawn_by_the_seed() -> None:
     assert attack_shares(*sides, rows=50, seed=1) != attack_shares(*sides, rows=50, seed=2)
 
 
+def test_unequal_sides_do_not_decide_the_attack() -> None:
+    members, others = draws(0, 600).abs(), draws(1, 120).abs()
+    assert attack_shares(members, others, members).forget < 0.9  # of one kind, and five times as many
+
+
 def test_pinball_by_hand() -> None:
     # target 3 against 1 and 5 at levels 0.1 and 0.9: 0.1 * 2 and 0.1 * 2
     assert float(pinball(torch.tensor([[1.0, 5.0]]), torch.tensor([3.0]), [0.1, 0.9])) == pytest.approx(0.4)

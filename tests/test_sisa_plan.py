@@ -136,3 +136,44 @@ def test_refusals():
     for p, cap in (([0.1], 0.0), ([0.1], 1.5), ([1.1], 0.5), ([float("nan")], 0.5), ([], 0.5)):
         with pytest.raises(UserError):
             plan.distribution_aware(p, cap)
+
+
+@pytest.mark.parametrize("rows", [7, 60, 1000])
+@pytest.mark.parametrize(("shards", "slices"), [(1, 1), (3, 2), (7, 1)])
+def test_equal_counts_are_those_of_rows_in_turn(rows, shards, slices):
+    shard = np.arange(rows) * shards // rows
+    sizes = np.bincount(shard, minlength=shards)
+    expected = [np.bincount(np.arange(n) * slices // n, minlength=slices) for n in sizes]
+    counts = plan.equal_counts(rows, shards, slices)
+    assert np.array_equal(counts, expected)
+    own_shard, own_slice = plan.positions(counts)
+    found = np.zeros_like(counts)
+    np.add.at(found, (own_shard, own_slice), 1)
+    assert np.array_equal(found, counts)
+
+
+def test_large_batches_are_multiplied_in_parts(monkeypatch):
+    counts, epochs = plan.equal_counts(5000, 3, 2), (2, 3)
+    whole = plan.expected_cost(counts, epochs, 700, 300)
+    monkeypatch.setattr(plan, "CHUNK", 7)
+    assert plan.expected_cost(counts, epochs, 700, 300) == pytest.approx(whole, rel=1e-12)
+    served, by_hand = 0, 0.0
+    for size in (300, 300, 100):
+        served += size
+        alone = plan.expected_cost(counts, epochs, size, size) / (1 - size / 5000)
+        by_hand += (1 - served / 5000) * alone
+    assert whole == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_given_shards_and_slices_are_kept():
+    asked = plan.recommend(60_000, 100, shards=7, slices=4)
+    assert (asked.shards, asked.slices, asked.checkpoints) == (7, 4, 28)
+    assert plan.recommend(60_000, 100, slices=2).slices == 2
+    limited = plan.recommend(60_000, 100, accuracy={1: 0.95, 5: 0.94}, shards=7)
+    assert "with 7 shards was not measured; those measured are 1, 5" in limited.notes[1]
+    edge = plan.recommend(60_000, 100, accuracy={1: 0.95, 5: 0.93, 10: 0.9299})
+    assert edge.shards == 5, "a loss of just what may be lost is allowed"
+    for options, match in (({"shards": 0}, "--shards"), ({"slices": 0}, "--slices"), ({"slices": 99}, "--slices=78"),
+                           ({"shards": 2000}, "more --checkpoints")):  # fmt: skip
+        with pytest.raises(UserError, match=match):
+            plan.recommend(60_000, 100, **options)

@@ -17,7 +17,9 @@ from .store import Store
 CLASSES = {
     "--method": ("method",),
     "--model": ("model",),
+    "--strategy": ("strategy",),
     "--data": ("data",),
+    "--data.base": ("data", "init_args", "base"),
     "--data.forget": ("data", "init_args", "forget"),
 }
 

@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import difflib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -196,19 +195,15 @@ def default_place(store: Path, report: Mapping[str, Any]) -> Path:
 
 def write(report: Mapping[str, Any], where: Path) -> None:
     """Write the report beside its place and rename it: nobody reads half of it."""
-    from .folders import storage_fault
+    from .folders import storage_fault, whole
 
-    beside = where.with_name(f".{where.name}.{os.getpid()}")
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        os.replace(beside, where)
+        with whole(where) as beside:
+            beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         reason = storage_fault(error, where.parent) or error.strerror
         raise UserError(f"cannot write the report {where} ({reason}); choose another place with --out=FILE") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone, or was never there
-            beside.unlink()
 
 
 def _parser() -> Any:

@@ -1,4 +1,4 @@
-"""The verbs that need torch: LightningCLI for `fit`, `unlearn` and `evaluate`, and the entry of `benchmark`."""
+"""The verbs that need torch: LightningCLI for `fit`, `unlearn`, `evaluate`, `continual`, and the entries of others."""
 
 import difflib
 import inspect
@@ -7,16 +7,17 @@ import re
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from . import audit, datamodules, methods, progress, runs
+from . import audit, datamodules, methods, processes, progress, runs, wandb_logging
 from . import forget_values as forget_values  # so that the parser knows its names
+from . import private as private  # likewise
 from .arguments import config_of_artifact, fit_command, own_defaults, retrain_command
-from .comparison import flat
 from .data import ForgetDataModule
 from .errors import UserError
 from .learner import Classifier, Learner, Regressor
@@ -32,8 +33,9 @@ class Parser(LightningArgumentParser):
         raise UserError(one_line(message, self))
 
 
-TOP = ("config", "data", "downstream", "evaluation", "method", "model", "original", "retrained", "seed_everything",
-       "shadows", "store", "trainer", "unlearn_seed", "unlearned")  # fmt: skip
+TOP = ("config", "data", "downstream", "evaluation", "keep", "method", "model", "original", "out", "relearn",
+       "requests", "retrained", "seed_everything", "setting", "shadows", "store", "strategy", "trainer", "unlearn_data",
+       "unlearn_seed", "unlearned")  # fmt: skip
 RULES = ("ClassForget", "SubclassForget", "RandomForget", "IndexForget", "GroupForget", "IdentifiedForget",
          "BandForget", "QuantileForget", "TimeForget",
          "Backdoor", "ClassConfusion", "LabelNoise", "BadRows")  # fmt: skip
@@ -49,6 +51,8 @@ NOISE = re.compile(
     r"| ?- Expected a <class 'NoneType'> Given value type: <class '[\w.]+'> "
     r"Given value: (?:NestedArg\(.*?\)(?= - |$)|\S+)"
 )
+REQUIRED = re.compile(r"(are required: )(?:continual|evaluate|fit|unlearn)\.(\w+)")
+LACKING = re.compile(r"(are required: [\w, ]+?) init_args=Namespace\(.*\)+$")
 QUOTED = re.compile(r'"([^"]+)"')
 PARSER_KEYS = re.compile(r"^(?:Parser key \"[^\"]+\": - )+")
 
@@ -59,11 +63,13 @@ def one_line(message: str, parser: Any) -> str:
     no_class = NO_CLASS.match(text)
     if no_class:
         where, name = no_class.groups()
-        known = [*methods.__all__, *datamodules.__all__, "Classifier", "Regressor", *RULES]
+        known = [*methods.__all__, *methods.STRATEGIES, *datamodules.__all__, "Classifier", "Regressor", *RULES]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "a class of your own is named with its module, my_file.Mine"
+        if where == "strategy" and not near:
+            hint = f"there are {', '.join(methods.STRATEGIES)}, and {hint}"
         return f"there is no class '{name}' for {where or 'this option'}; {hint}"
-    text = NOISE.sub("", text)
+    text = LACKING.sub(r"\1", REQUIRED.sub(r"\1--\2", NOISE.sub("", text)))
     keys = PARSER_KEYS.match(text)
     if keys:  # where it is, as the option is written
         option = ".".join(QUOTED.findall(keys[0]))
@@ -120,7 +126,7 @@ def resolving_parser() -> LightningArgumentParser:
 
 
 class CLI(LightningCLI):
-    """`fit`, `unlearn` and `evaluate`; each is a method of `Trainer` whose typed parameters are the flags."""
+    """Each verb is a method of `Trainer` whose typed parameters are the flags."""
 
     def __init__(self, argv: list[str], args: list[str]) -> None:
         self.argv = argv  # as the user typed it
@@ -135,7 +141,7 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         both = {"model", "datamodule"}
         return {"fit": {*both, "train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"},
-                "unlearn": both, "evaluate": both}  # fmt: skip
+                "unlearn": both, "evaluate": both, "continual": both}  # fmt: skip
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--store", type=str, default="artifacts", help="folder of the stored models")
@@ -161,31 +167,41 @@ class CLI(LightningCLI):
     def fit(self, model: Learner, datamodule: ForgetDataModule) -> None:
         """Train and store; takes the place of the Trainer's method of that name."""
         assert isinstance(self.trainer, Trainer)
+        self.check_command()
         self.start_loggers(model)
-        runs.fit(model, datamodule, self.trainer, self.plain_config, self.artifact_store)
+        made = runs.fit(model, datamodule, self.trainer, self.plain_config, self.artifact_store)
+        wandb_logging.fitted(self.trainer, self.artifact_store, made, datamodule)
+
+    def check_command(self) -> None:
+        """Refuse to start further processes of a command that is not this process's own: they would run that one."""
+        assert isinstance(self.trainer, Trainer)
+        if self.trainer.starts_processes and self.argv != sys.argv[1:]:
+            raise UserError("several devices need a command of their own: start `vislearn "
+                            f"{self.argv[0]}` from a shell, or give --trainer.devices=1")  # fmt: skip
 
     def start_loggers(self, model: Learner) -> None:
         """Every logger gets the resolved configuration, once and nested; W&B watches the weights when asked to."""
-        for logger in self.trainer.loggers:
-            logger.log_hyperparams(self.plain_config)
-            if self.config[self.subcommand].watch:
-                if not hasattr(logger, "watch"):
-                    raise UserError(f"--watch needs --trainer.logger=WandbLogger, not {type(logger).__name__}")
-                logger.watch(model)
+        watch = self.config[self.subcommand].watch
+        wandb_logging.begin(self.trainer, self.plain_config, model if watch else None)
 
     def unlearn(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
         """Unlearn, evaluate and store; prints the numbers."""
         assert isinstance(self.trainer, Trainer)
+        self.check_command()
         self.start_loggers(model)
         store = self.artifact_store
         options["fit_command"] = fit_command(self.argv)
         seed = self.config[self.subcommand].seed_everything
         options["retrain_command"] = retrain_command(self.argv, seed + 1)
         made = runs.unlearn(model, datamodule, trainer=self.trainer, config=self.plain_config, store=store, **options)
+        if not self.trainer.is_global_zero:
+            return
         comparison = (store[made].report or {})["comparison"]
-        for logger in self.trainer.loggers:
-            logger.log_metrics(flat(comparison))
-            logger.finalize("success")
+        if self.trainer.loggers:
+            from .benchmark import audit_results
+
+            results = audit_results(comparison, datamodule, self.plain_config, ["vislearn", *self.argv])
+            wandb_logging.compared(self.trainer, store[made], results)
         show(comparison)
 
     def evaluate(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
@@ -204,6 +220,16 @@ class CLI(LightningCLI):
         write_page(results, page)
         print(f"report: {page.resolve()}")
 
+    def continual(self, model: Learner, datamodule: ForgetDataModule, **options: Any) -> None:
+        """Carry out a stream of requests; stores every step, prints the table and writes the page."""
+        from .continual_output import deliver
+
+        assert isinstance(self.trainer, Trainer)
+        self.start_loggers(model)
+        seed = self.config[self.subcommand].seed_everything
+        deliver(model=model, data=datamodule, trainer=self.trainer, config=self.plain_config, seed=seed,
+                store=self.artifact_store, command=["vislearn", *self.argv], **options)  # fmt: skip
+
 
 def show(rule: dict[str, Any], results: dict[str, Any] | None = None) -> None:
     """One rule's table in the terminal."""
@@ -221,20 +247,24 @@ def quiet() -> None:
                  ".*no `val_dataloader`.*",
                  ".*LightningCLI's args parameter.*", ".*GPU available but not used.*", ".*lr_scheduler.step.*",
                  ".*smaller than the logging interval.*", ".*is not a valid.*batch size.*", ".*Trying to infer.*",
-                 ".*isinstance.*LeafSpec.*", ".*Checkpoint directory.*", ".*val_dataloader.*"):  # fmt: skip
+                 ".*isinstance.*LeafSpec.*", ".*Checkpoint directory.*", ".*val_dataloader.*",
+                 ".*sync_dist=True.*", "Grad strides do not match"):  # fmt: skip
         warnings.filterwarnings("ignore", text)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `fit`, `unlearn` or `evaluate`; exit code 2 and one line where the input is at fault."""
+    """Run a verb of `CLI`, or `measure`; exit code 2 and one line where the input is at fault."""
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet()
+    if argv[0] == "continual":  # the parser knows the classes that are imported
+        for name in methods.STRATEGIES:
+            getattr(methods, name)
 
     def run() -> None:
         if argv[0] == "measure":
             audit.main(argv[1:])
             return
-        with progress.bar(argv[0]):
+        with wandb_logging.one_run(), progress.bar(argv[0]) if processes.first_process() else nullcontext():
             CLI(argv, own_defaults(config_of_artifact(argv)))
 
     guarded(run)
@@ -268,16 +298,21 @@ def user_error(error: BaseException | None) -> UserError | None:
 
 
 def guarded(action: Any) -> Any:
-    """Turn a user's error into one line and exit code 2, an interruption into 130."""
+    """Turn a user's error into one line and exit code 2, an interruption into 130.
+
+    Of several processes one says what went wrong. The others end quietly; Lightning would kill the first of them when
+    another ended badly.
+    """
     try:
         return action()
-    except (UserError, ValueError) as error:
-        said = user_error(error)
-        if said is None:
-            raise
-        print(f"vislearn: error: {said}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("vislearn: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-
+    except BaseException as error:
+        if processes.silent():
+            raise SystemExit(2 if processes.first_process() else 0) from None
+        said = user_error(error) if isinstance(error, UserError | ValueError) else None
+        if said is not None:
+            print(f"vislearn: error: {said}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            print("vislearn: interrupted; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(130) from None
+        raise

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from . import per_sample
+from . import per_sample, processes
 from .errors import UserError
+from .loader import division
 from .per_sample import SampleLoss
 
 Estimator = Literal["batch", "sample"]
@@ -58,8 +59,11 @@ def diagonal_fisher(
     gradient of LFSSD and Potion. The mean over batches counts a short last batch like a full one.
 
     The model is read in eval mode (batch norm uses its running statistics) and left as it was: weights, buffers,
-    gradients and the train/eval flag of every module. Sums are float32, float64 for a float64 model. Under
-    torch.distributed, sums and counts of all ranks are added before the division.
+    gradients and the train/eval flag of every module. Sums are float32, float64 for a float64 model.
+
+    Where a run has several processes, all of them call this: each reads a part of the batches of a plain `Loader`, and
+    their sums and counts are added before the division, so the result is that of one process up to rounding. What
+    comes from elsewhere, or shuffled, each reads as a whole.
 
     Args:
         model: the network; outputs (b, k), or (b,) for a regressor.
@@ -89,7 +93,7 @@ def diagonal_fisher(
     device = next(iter(parameters.values())).device
     sums = per_sample.zeros(parameters)
     add, classes, count = None, 0, 0
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad(), division(plain=True, shuffled=False):
         for number, batch in enumerate(loader):
             x, y = batch[0].to(device), batch[-1].to(device)
             if row_loss is cross_entropy:
@@ -104,7 +108,9 @@ def diagonal_fisher(
             count += len(x) if estimator == "sample" else 1
     if not count:
         raise UserError("there is no row to take importances from: the loader is empty")
-    return _mean(sums, count)
+    # of all processes, and only then divided: never a mean of means
+    count = int(processes.total(torch.tensor(count, device=device)))
+    return _mean({name: processes.total(tensor) for name, tensor in sums.items()}, count)
 
 
 def diagonal_fisher_by_class(
@@ -118,7 +124,7 @@ def diagonal_fisher_by_class(
 
     A batch of the pass over all rows may straddle two classes, and a batch of a class may straddle two such batches.
     Both gradients are sums over the same rows, so each row is visited once, in pieces that end wherever a batch of
-    either kind ends.
+    either kind ends. Several processes all read everything: a class's batch may straddle what two of them would have.
 
     Args:
         model: see `diagonal_fisher`.
@@ -276,11 +282,4 @@ def _warn_if_random(loader: Any) -> None:
 
 
 def _mean(sums: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Sums over counts; those of all ranks where there are several, never a mean of means."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = torch.tensor([count], dtype=torch.int64, device=next(iter(sums.values())).device)
-        torch.distributed.all_reduce(total)
-        for tensor in sums.values():
-            torch.distributed.all_reduce(tensor)
-        count = int(total)
     return {name: tensor / count for name, tensor in sums.items()}

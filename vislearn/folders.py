@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -57,6 +59,30 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Give a place beside a file to write to; it takes the file's place when all went well, and is removed otherwise.
+
+    So nobody finds half of the file, and what was there before stays until the new one is whole.
+
+    Args:
+        path: the file.
+        durable: bring the content to the disk before it gets its name, and the name before this returns.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        if durable:
+            fsync(beside)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what counts is why the file was not written
+            beside.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync(path.parent)
 
 
 def seal(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import processes
 from .augment import Augment
 from .errors import UserError
 from .sources import Memory, Source
@@ -16,6 +18,27 @@ if TYPE_CHECKING:
     from .manipulation import Stamp
 
 ORDER, AUGMENT = 0, 1  # two streams of random numbers in every epoch
+
+_divided = {"shuffled": True, "plain": False}  # which passes are divided between processes
+
+
+@contextmanager
+def division(**kinds: bool) -> Iterator[None]:
+    """Within the block, whether passes are divided between the processes of a run.
+
+    Shuffled ones are, for they are what is trained on: each process takes its rows of every batch. Plain ones are not,
+    except where the reader adds up what the processes find: each takes a part of the batches. It is looked up when a
+    pass begins.
+
+    Args:
+        **kinds: shuffled, plain.
+    """
+    before = dict(_divided)
+    _divided.update(kinds)
+    try:
+        yield
+    finally:
+        _divided.update(before)
 
 
 class Loader:
@@ -26,14 +49,19 @@ class Loader:
     `set_epoch` says which, as Lightning does when it starts or resumes an epoch.
 
     In a shuffled pass a last batch of a single row joins the batch before it, because batch normalisation cannot train
-    on one row. Where training is distributed, each process visits its share of a shuffled pass; the shares have equal
-    length, for which up to (processes - 1) rows are visited twice.
+    on one row.
+
+    Where a run has several processes, a batch of a shuffled pass is divided between them: `batch_size` counts the rows
+    of all of them together, so that steps and batches are those of a single process. Each row is visited once, by one
+    process, except in a batch that cannot be divided evenly, such as the last one: every process then reads all of it,
+    which gives each the gradient of the whole. Passes that are not trained on are made by each process as a whole;
+    see `division`.
 
     Args:
         source: the official split that `ids` count in.
         targets: (n,) labels of that split.
         ids: (m,) rows to visit.
-        batch_size: rows per batch.
+        batch_size: rows per batch, of all processes together.
         mean: mean per channel of pixels in [0, 1]; empty for features.
         std: standard deviation per channel, likewise.
         shuffle: whether to visit the rows in a new order every epoch.
@@ -65,15 +93,17 @@ class Loader:
         self.epoch = 0
 
     def __len__(self) -> int:
-        """Batches in a pass."""
-        return len(self._batches(torch.empty(self._share())))
+        """Batches in a pass, in this process."""
+        count = math.ceil(len(self.ids) / self.batch_size)
+        if self.shuffle and count > 1 and len(self.ids) - (count - 1) * self.batch_size == 1:
+            count -= 1
+        return len(range(count)[self._part(count)])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # lazily: Lightning makes the iterator of a resumed epoch before it says which epoch that is
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order = self.order(epoch)
         seed = _seed(self.seed, epoch, AUGMENT)
-        chunks = self._batches(order)
+        chunks = self._batches(self._whole_order(epoch))
         for ids, x in zip(chunks, self._read(chunks), strict=True):
             if self.stamp is not None:
                 x = self.stamp.before(x, ids)
@@ -95,28 +125,43 @@ class Loader:
 
     def order(self, epoch: int) -> Tensor:
         """(m,) ids in the order in which the pass of an epoch visits them (in this process)."""
-        if not self.shuffle:
-            return self.ids
-        order = self.ids[
-            torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(_seed(self.seed, epoch, ORDER)))
-        ]
-        rank, world = _process()
-        if world == 1:
-            return order
-        return order.repeat(math.ceil(world / len(order)) + 1)[: self._share() * world][rank::world]
+        whole = self._whole_order(epoch)
+        return whole if _process()[1] == 1 else torch.cat(self._batches(whole))
 
     def upcoming(self) -> list[Tensor]:
-        """Row numbers (b,) of every batch of the next pass."""
-        return self._batches(self.order(self.epoch))
+        """Row numbers (b,) of every batch of the next pass (in this process)."""
+        return self._batches(self._whole_order(self.epoch))
 
-    def _share(self) -> int:
-        return math.ceil(len(self.ids) / _process()[1]) if self.shuffle else len(self.ids)
+    def _whole_order(self, epoch: int) -> Tensor:
+        """(m,) ids in the order of a pass, of all processes."""
+        if not self.shuffle:
+            return self.ids
+        return self.ids[
+            torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(_seed(self.seed, epoch, ORDER)))
+        ]
 
     def _batches(self, order: Tensor) -> list[Tensor]:
+        """The batches of a pass, as far as they are this process's."""
         chunks = list(order.split(self.batch_size))
         if self.shuffle and len(chunks) > 1 and len(chunks[-1]) == 1:
             chunks[-2:] = [torch.cat(chunks[-2:])]
-        return chunks
+        rank, world = _process()
+        if world == 1 or not (self.shuffle and _divided["shuffled"]):
+            return chunks[self._part(len(chunks))]
+        if len(order) >= self.batch_size and not _even(self.batch_size, world):
+            near = max(2, round(self.batch_size / world)) * world
+            raise UserError(
+                f"a batch of {self.batch_size} rows cannot be divided evenly between {world} devices, two rows or more "
+                f"for each; give --data.batch_size={near}, or the same to the method, or other --trainer.devices"
+            )
+        return [chunk[rank::world] if _even(len(chunk), world) else chunk for chunk in chunks]
+
+    def _part(self, count: int) -> slice:
+        """Which of so many batches this process reads: all, but in a plain pass that is divided."""
+        rank, world = _process()
+        if self.shuffle or not _divided["plain"] or count < world:
+            return slice(None)
+        return slice(count * rank // world, count * (rank + 1) // world)
 
     def _read(self, chunks: list[Tensor]) -> Iterator[Tensor]:
         workers = min(self.num_workers, len(chunks))
@@ -253,9 +298,11 @@ def _seed(seed: int, epoch: int, stream: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0]) >> 1
 
 
+def _even(rows: int, world: int) -> bool:
+    """Whether a batch can be divided between processes: batch normalisation wants two rows in each."""
+    return rows % world == 0 and rows >= 2 * world
+
+
 def _process() -> tuple[int, int]:
     """Rank of this process and number of processes."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+    return processes.rank(), processes.world()

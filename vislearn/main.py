@@ -13,10 +13,13 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   unlearn     original -> unlearned model, evaluated against the retrained ones
   evaluate    audit any original, unlearned and retrained checkpoints without training
   measure     one tier's findings on one stored model, as `benchmark` and `evaluate` make them
+  continual   learn a stream of tasks one after the other and unlearn some of them on the way
   hardest     the forget set that leaves the least trace, by a search or a ranking, as a file of row numbers
+  reproduce   the findings of papers asked again, at three sizes: the list of what came out, or one of them
   methods     what every unlearning method reads, serves and costs, as a table
   sisa        plan, fit, delete, retrain, status, predict, verify: an ensemble that forgets rows exactly
   classical   scikit-learn estimators that forget rows, against refitting
+  sweep       a W&B sweep file on this machine: seeded, resumable, without an account; --lint checks it
   store       ls, show, verify, explain, gc over the stored models
 
   vislearn benchmark
@@ -29,7 +32,8 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
 
   --version   print the version
 """
-VERBS = ("benchmark", "fit", "unlearn", "evaluate", "hardest", "measure", "methods", "sisa", "classical", "store")
+VERBS = ("benchmark", "continual", "fit", "unlearn", "evaluate", "hardest", "measure", "methods", "reproduce",
+         "sisa", "classical", "sweep", "store")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         from .store_cli import main as store
 
         raise SystemExit(store(argv[1:]))
+    if argv[0] == "reproduce":
+        from .reproduce_cli import main as reproduce
+
+        raise SystemExit(reproduce(argv[1:]))
     if argv[0] == "sisa":
         if "" not in sys.path:  # an estimator of the user's own
             sys.path.append("")
@@ -62,6 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     if "" not in sys.path:  # the user's own classes, my_file.Mine; last, so that they hide nothing that is installed
         sys.path.append("")
+    if argv[0] == "sweep":
+        from .sweep_cli import main as sweep
+
+        raise SystemExit(sweep(argv[1:]))
     if argv[0] == "methods":
         from .capabilities import main as methods
 

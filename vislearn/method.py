@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from . import saliency
+from . import processes, saliency
 from .data import ForgetDataModule, Loader, zip_loaders
 from .errors import UserError
 from .grades import GRADES, GradeName, make_grade
@@ -39,6 +39,9 @@ class UnlearningMethod(ABC):
         scenarios: what it can forget: whole classes, subclasses (rows that share an attribute), random rows.
         networks: the kinds of network it works on: "vit" has attention over tokens, "cnn" is everything else.
         requires: what it needs beyond data and model, in words; a method that needs nothing more works as it is built.
+        alone: why it works on one device only, in words; empty where it works on several. There each process runs
+            `unlearn`: inside `run_epochs` and for importances they share the work, everything else all of them do. What
+            is reported of steps on the way is then that of the first process's rows.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
@@ -47,6 +50,7 @@ class UnlearningMethod(ABC):
     scenarios: ClassVar[frozenset[str]] = frozenset({"class", "subclass", "random"})
     networks: ClassVar[frozenset[str]] = frozenset({"cnn", "vit"})
     requires: ClassVar[frozenset[str]] = frozenset()
+    alone: ClassVar[str] = ""
 
     @property
     def report(self) -> dict[str, Any]:
@@ -102,6 +106,18 @@ class UnlearningMethod(ABC):
             raise UserError(f"{name} works on {wanted}, for example --model.arch="
                             + ("vit_tiny_cifar" if "vit" in self.networks else "resnet20"))  # fmt: skip
 
+    def check_several(self) -> None:
+        """Refuse, in words, several devices where the method cannot work on them."""
+        if why := self.needs_one_device():
+            raise UserError(f"{type(self).__name__} works on one device, because {why}; give --trainer.devices=1")
+        for part in vars(self).values():  # a method inside a method
+            if isinstance(part, UnlearningMethod):
+                part.check_several()
+
+    def needs_one_device(self) -> str:
+        """Why the method as it is set works on one device only; empty where it works on several."""
+        return self.alone
+
 
 FORGETS = {"class": "whole classes", "subclass": "rows that share an attribute", "random": "rows of no common kind"}
 
@@ -136,7 +152,7 @@ class GradientMethod(UnlearningMethod, LightningModule):
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD, on every parameter.
-        batch_size: rows per batch; by default the data module's.
+        batch_size: rows per batch, of all devices together; by default the data module's.
         forget_batch_size: rows per batch of the forget set, where it has batches of its own; by default `batch_size`.
         retain_fraction: share of the retain set that is visited, drawn once, in (0, 1].
         train_mode: False keeps dropout off and batch-norm statistics fixed while unlearning.
@@ -156,9 +172,12 @@ class GradientMethod(UnlearningMethod, LightningModule):
             where a part of the loss is detached, and so constant for its gradient alone. A method that optimises by
             hand leaves out `diagonal_second` too. These three call `training_step` several times in a step, so what
             counts steps belongs in `on_train_batch_end`.
+        sums_rows: whether the loss is a sum over the rows of a batch and no mean; several devices take the mean of
+            their gradients.
     """
 
     grades: ClassVar[frozenset[str]] = frozenset(GRADES)
+    sums_rows: ClassVar[bool] = False
 
     model: Learner
     original: Learner
@@ -270,9 +289,17 @@ class GradientMethod(UnlearningMethod, LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.differentiate:
-            super().backward(loss, *args, **kwargs)
+            super().backward(loss * processes.world() if self.sums_rows else loss, *args, **kwargs)
+
+    def needs_one_device(self) -> str:
+        if not self.automatic_optimization:
+            return "it optimises by hand"
+        if self.grade.probes:
+            return "this --method.grade compares losses of one batch"
+        return super().needs_one_device()
 
     def on_before_backward(self, loss: Tensor) -> None:
+        loss = processes.total(loss)  # so that all processes stop at the same step
         if not torch.isfinite(loss):
             raise UserError(
                 f"{type(self).__name__} diverged: the loss is {loss.item()} at step {self.global_step} "

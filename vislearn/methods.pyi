@@ -1,15 +1,24 @@
 from methods import *
+from methods import CLPU as CLPU
+from methods import ER as ER
 from methods import ESTIMATORS as ESTIMATORS
+from methods import EWC as EWC
+from methods import STRATEGIES as STRATEGIES
+from methods import UER as UER
 from methods import CertifiedRemoval as CertifiedRemoval
 from methods import DaRE as DaRE
 from methods import DCKMeans as DCKMeans
+from methods import DERpp as DERpp
 from methods import ExactBernoulliNB as ExactBernoulliNB
 from methods import ExactGaussianNB as ExactGaussianNB
 from methods import ExactKNeighborsClassifier as ExactKNeighborsClassifier
 from methods import ExactKNeighborsRegressor as ExactKNeighborsRegressor
 from methods import ExactMultinomialNB as ExactMultinomialNB
 from methods import ExactRidge as ExactRidge
+from methods import Finetune as Finetune
 from methods import InfluenceLogistic as InfluenceLogistic
 from methods import InfluenceRidge as InfluenceRidge
+from methods import LwF as LwF
 from methods import QKMeans as QKMeans
+from methods import UnCLe as UnCLe
 from methods import __all__ as __all__

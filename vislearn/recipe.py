@@ -84,6 +84,12 @@ def _data(config: Mapping[str, Any], forget: bool) -> dict[str, Any]:
     for name in ("forget", "hold_out", "train_rows"):  # one that is None is the same as none
         if kept.get(name) is None:
             kept.pop(name, None)
+    for name in ("base", "parts"):  # the data that other data are made of
+        inner = kept.get(name)
+        if isinstance(inner, Mapping):
+            kept[name] = _data(inner, forget=True)
+        elif isinstance(inner, Sequence) and all(isinstance(part, Mapping) for part in inner):
+            kept[name] = [_data(part, forget=True) for part in inner]
     return {**config, "init_args": kept}
 
 

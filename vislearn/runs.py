@@ -16,22 +16,23 @@ from typing import Any
 import torch
 import yaml
 from lightning import seed_everything
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor
 
 from . import evaluation as ev
+from . import processes
 from .checkpoint import load_weights
 from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
 from .folders import sha256
 from .learner import Learner, from_spec
+from .loader import division
 from .method import Cache, UnlearningMethod
 from .networks import Network
 from .store import Artifact, Store, key, recipe
-from .trainer import Progress, Resume, Trainer
+from .trainer import Progress, Resume, Trainer, unseeded
 
 Say = Callable[[str], None]
 
@@ -57,41 +58,68 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 def fit(model: Learner, data: ForgetDataModule, trainer: Trainer, config: dict, store: Store, say: Say = print) -> str:
     """Train on D, or on D without the forget set, and store the model; an interrupted run goes on where it was.
 
+    On several devices every process runs this, and the first one says, writes and stores.
+
     Returns:
         The artifact's key.
     """
     plan = recipe(config, "method")
     name = key(plan)
-    with store.lock(name) if first_process() else nullcontext():
+    first = trainer.is_global_zero
+    say = say if first else quietly
+    with store.lock(name) if first else nullcontext():
         data.setup()
-        if name in store:
-            check_ledger(store[name], data)  # the key leaves out where the data are
-            say(f"already trained: {store[name].path}")
+        known = name in store
+        if not known:
+            check_head(model, data)
+        with trainer.together(start=not known):
+            if processes.of_first(known):
+                check_ledger(store[name], data)  # the key leaves out where the data are
+                say(f"already trained: {store[name].path}")
+                return name
+            checkpoint = store.partial(name) / "last.ckpt"
+            resume = Resume(checkpoint)
+            trainer.add_callbacks(resume, Progress())
+            found = processes.of_first(checkpoint.exists())
+            if found:
+                say(f"resuming the interrupted training in {checkpoint.parent}")
+            with interruptible(trainer), unseeded():
+                trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
+            seconds = resume.seconds + time.perf_counter() - resume.start
+            predictions = predicted(model, data, trainer)
+        if not first:
             return name
-        check_head(model, data)
-        checkpoint = store.partial(name) / "last.ckpt"
-        resume = Resume(checkpoint)
-        trainer.add_callbacks(resume, Progress())
-        found = checkpoint.exists()
-        if found:
-            say(f"resuming the interrupted training in {checkpoint.parent}")
-        with interruptible(trainer):
-            trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if found else None)
-        if not first_process():  # of a training on several devices: the first evaluates and stores
-            return name
-        seconds = resume.seconds + time.perf_counter() - resume.start
-        predictions = ev.predict(model.to(trainer.strategy.root_device), data)
         check_finite(predictions, "training", "try a smaller --model.lr")
         with store.writing(name) as folder:
-            facts = {"seconds": seconds, "machine": machine(trainer.strategy.root_device)}
+            facts = {"seconds": seconds, "machine": machine(trainer.strategy.root_device) | several(trainer)}
             write(folder, "fit", model, data, config, plan, predictions, facts)
         say(f"stored: {store[name].path}")
     return name
 
 
-def first_process() -> bool:
-    """Whether this is the only process of a training, or the first of several devices."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+def quietly(text: str) -> None:
+    """What processes other than the first say."""
+
+
+def several(trainer: Trainer) -> dict[str, int]:
+    """How many devices worked together, where there were several."""
+    return {"devices": trainer.world_size} if trainer.world_size > 1 else {}
+
+
+def predicted(model: Learner, data: ForgetDataModule, trainer: Trainer) -> dict[str, ev.Predictions]:
+    """One pass over every split; of several processes each makes a part, and the first one gets all rows, each once."""
+    device = trainer.strategy.root_device
+    model = model.to(device)
+    if not processes.connected():
+        return ev.predict(model, data)
+    processes.same_model(model)
+    with division(plain=True):
+        parts = ev.predict(model, data)
+    found = {}
+    for split, p in parts.items():
+        outputs, targets = (processes.gathered(t, len(p.ids), device) for t in (p.outputs, p.targets))
+        found[split] = ev.Predictions(outputs, targets, p.ids)
+    return found
 
 
 def unlearn(
@@ -110,6 +138,8 @@ def unlearn(
 ) -> str:
     """Original -> unlearned model; evaluates it against the retrained models there are, and stores it.
 
+    On several devices every process runs this, and the first one says, evaluates, writes and stores.
+
     Returns:
         The artifact's key.
     """
@@ -119,34 +149,40 @@ def unlearn(
     if given is not None and not (isinstance(given, Artifact) and given.key == own):
         plan = {**plan, "original": sha256(given) if isinstance(given, Path) else given.key}
     name = key(plan)
-    with store.lock(name):
+    first = trainer.is_global_zero
+    say = say if first else quietly
+    with store.lock(name) if first else nullcontext():
         data.setup()
-        if name in store:
-            check_ledger(store[name], data)
-            say(f"already unlearned: {store[name].path}")
+        known = name in store
+        if not known:
+            check_head(model, data)
+            method.check(model, data)
+            if trainer.world_size > 1:
+                method.check_several()
+            model, source = original_model(model, data, given, own, store, fit_command)
+        with trainer.together(start=not known):
+            if processes.of_first(known):
+                check_ledger(store[name], data)
+                say(f"already unlearned: {store[name].path}")
+                return name
+            device = trainer.strategy.root_device
+            model.to(device)  # closed-form methods work where the model is
+            outputs = predicted(model, data, trainer) if isinstance(source, Path) else {}
+            spent = {"prepare": 0.0}
+            cache = cache_of(store, source, spent, device)
+            unlearned, subject = carry_out(model, data, method, trainer, unlearn_seed, cache)
+        if not first:
             return name
-        check_head(model, data)
-        method.check(model, data)
-        if trainer.world_size > 1:
-            raise UserError(f"unlearn works on one device, not {trainer.world_size}; give --trainer.devices=1")
-        theta_o, source = original_model(model, data, given, own, store, fit_command)
-        device = trainer.strategy.root_device
-        theta_o.to(device)  # closed-form methods work where the model is
-        if isinstance(source, Artifact):
-            first = artifact_subject(source)
-        else:
-            first = ev.Subject(ev.predict(theta_o, data), str(original), -1)
-        spent = {"prepare": 0.0}
-        cache = cache_of(store, source, spent, device)
-        unlearned, subject = carry_out(theta_o, data, method, trainer, unlearn_seed, cache)
+        before = artifact_subject(source) if isinstance(source, Artifact) else ev.Subject(outputs, str(original), -1)
         subject.key, subject.prepare_seconds = name, spent["prepare"]
         others = [load_subject(r, model, data, store) for r in retrained or []]
         others += [artifact_subject(a) for a in store.retrained(recipe(config, "method"))] if retrained is None else []
-        compared = compare(rule_facts(data), [first], others, [one_method(method, subject)], data)
+        compared = compare(rule_facts(data), [before], others, [one_method(method, subject)], data)
         if not others:
             compared["warnings"].append(f"no retrained model, so no gap; make one with: {retrain_command}")
-        facts = {"seconds": subject.seconds, "prepare_seconds": subject.prepare_seconds, "machine": machine(device),
-                 "read": sorted(data.read), "original": source_name(source)}  # fmt: skip
+        facts = {"seconds": subject.seconds, "prepare_seconds": subject.prepare_seconds,
+                 "machine": machine(device) | several(trainer), "read": sorted(data.read),
+                 "original": source_name(source)}  # fmt: skip
         report = {"method": subject.report, "comparison": compared}
         with store.writing(name) as folder:
             write(folder, "unlearn", unlearned, data, config, plan, subject.predictions, facts, report)
@@ -160,8 +196,9 @@ def carry_out(
     """Prepare, unlearn and predict; the time is that of unlearning alone. `theta_o` may be edited."""
     trainer.add_callbacks(Progress(type(method).__name__))
     unlearned, seconds = apply(theta_o, data, method, trainer, seed, cache)
-    predictions = ev.predict(unlearned.to(trainer.strategy.root_device), data)
-    check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
+    predictions = predicted(unlearned, data, trainer)
+    if not processes.rank():
+        check_finite(predictions, type(method).__name__, "try a smaller --method.lr")
     return unlearned, ev.Subject(predictions, seed=seed, seconds=seconds, report=dict(method.report))
 
 
@@ -170,7 +207,7 @@ def apply(
 ) -> tuple[Learner, float]:
     """Prepare and unlearn: the unlearned model, and the seconds of unlearning alone. `theta_o` may be edited."""
     seed_unlearning(seed)
-    with data.reading(method.needs):
+    with data.reading(method.needs), division(shuffled=False):  # but inside `run_epochs`
         method.prepare(theta_o, data, cache)
         start = time.perf_counter()
         with interruptible(trainer):
@@ -199,6 +236,8 @@ def unlearn_in_memory(
 ) -> tuple[Learner, dict[str, Any]]:  # fmt: skip
     """Unlearn without storing anything: the unlearned model and its comparison; `model` stays as it is.
 
+    On several devices every process gets the model, and the first one the comparison.
+
     Args:
         model: the original model; or its architecture, where `original` holds the weights.
         data: the data, with a forget rule.
@@ -212,12 +251,16 @@ def unlearn_in_memory(
     data.setup()
     check_head(model, data)
     method.check(model, data)
+    if trainer.world_size > 1:
+        method.check_several()
     theta_o = copy.deepcopy(model)
     if original is not None:
         theta_o, _ = original_model(theta_o, data, file_or_artifact(original, store), "", store, "")
-    theta_o.to(trainer.strategy.root_device)
-    first = ev.Subject(ev.predict(theta_o, data), str(original), -1)
-    unlearned, subject = carry_out(theta_o, data, method, trainer, unlearn_seed, lambda name, make: make())
+    with trainer.together():
+        first = ev.Subject(predicted(theta_o, data, trainer), str(original), -1)
+        unlearned, subject = carry_out(theta_o, data, method, trainer, unlearn_seed, lambda name, make: make())
+    if not trainer.is_global_zero:
+        return unlearned, {}
     others = [load_subject(r, model, data, store) for r in retrained]
     return unlearned, compare(rule_facts(data), [first], others, [one_method(method, subject)], data)
 
@@ -412,14 +455,17 @@ def cache_of(store: Store, source: Artifact | Path, spent: dict[str, float], dev
         if not isinstance(source, Artifact):
             return timed()
         file = f"{name}.safetensors"
-        with store.lock(hashlib.sha256(f"{source.key}/{file}".encode()).hexdigest()[:12]):
+        lock = store.lock(hashlib.sha256(f"{source.key}/{file}".encode()).hexdigest()[:12])
+        with nullcontext() if processes.rank() else lock:
             path = store.cache(source.key, file)
-            if path.exists():
+            if processes.of_first(path.exists()):
                 with safe_open(str(path), "pt") as opened:
                     spent["prepare"] += float((opened.metadata() or {}).get("seconds", 0.0))
                     return {k: opened.get_tensor(k).to(device) for k in opened.keys()}  # noqa: SIM118 - not a dict
             before = spent["prepare"]
             tensors = timed()
+            if processes.rank():
+                return tensors
             kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             cost = {"seconds": str(spent["prepare"] - before)}
             store.put_cache(source.key, file, lambda where: save_file(kept, str(where), metadata=cost))

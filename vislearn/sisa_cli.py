@@ -1,10 +1,11 @@
-"""`vislearn sisa`: ensembles that forget rows exactly: plan, fit, delete, retrain, status, predict, verify.
+"""`vislearn sisa`: ensembles that forget rows exactly: plan, fit, delete, retrain, status, predict, fair, verify.
 
-vislearn sisa plan --rows=60000 --requests=100
+vislearn sisa plan --rows=60000 --requests=100 --page=plan.html
 vislearn sisa fit --data=train.npz --estimator=sklearn.linear_model.SGDClassifier --shards=10 --slices=5
 vislearn sisa fit --recipe=recipe.yaml --shards=5 --slices=4
 vislearn sisa delete --ids=12,99 --request=ticket-7
 vislearn sisa retrain --workers=4
+vislearn sisa fair --data=held_out.npz --attribute=sex
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from vislearn import sisa_plan, sisa_report
+from vislearn import sisa_fair, sisa_plan, sisa_planner, sisa_report
 from vislearn.arguments import Parser
 from vislearn.errors import UserError
+from vislearn.folders import whole
 from vislearn.sisa_ensemble import Placement, place
 from vislearn.sisa_log import Request
-from vislearn.sisa_receipt import read_key
-from vislearn.sisa_service import Service, now
+from vislearn.sisa_receipt import now, read_key
+from vislearn.sisa_service import Service
 from vislearn.sisa_table import read_table, row_digests
 
 ADAPTIVE = ("deletion is exact for requests chosen without looking at the models; where users react to what the models "
@@ -51,20 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vislearn: interrupted; `vislearn sisa retrain` goes on from here", file=sys.stderr)
         return 130
-
-
-def plan(options: argparse.Namespace) -> int:
-    """How many shards and slices, and what deletion will cost."""
-    advice = sisa_plan.recommend(
-        options.rows, options.requests, options.batch, options.epochs, options.checkpoints
-    )  # fmt: skip
-    print(f"--shards={advice.shards} --slices={advice.slices} --epochs={options.epochs}")
-    print(f"expected cost {advice.cost:.4g} rows x epochs; retraining one model each time {advice.retraining:.4g}: "
-          f"{advice.speedup:.2f} times as much")  # fmt: skip
-    print(f"{advice.checkpoints} checkpoints")
-    for note in advice.notes:
-        print(f"note: {note}")
-    return 0
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -141,7 +129,8 @@ def predict(options: argparse.Namespace) -> int:
         out = ", ".join(map(str, facts["left_out"]))
         print(f"note: {len(facts['votes'])} shards voted; left out: {out}", file=sys.stderr)
     if options.out is not None:
-        np.save(options.out, answers)
+        with whole(options.out) as beside, beside.open("wb") as file:
+            np.save(file, answers)
     else:
         print("\n".join(" ".join(map(str, np.atleast_1d(answer))) for answer in answers))
     return 0
@@ -276,19 +265,14 @@ def _parser() -> argparse.ArgumentParser:
     work = Parser(add_help=False, allow_abbrev=False)
     work.add_argument("--workers", type=int, default=0, help="processes that train shards; 0 trains in this one (0)")
     work.add_argument("--executor", choices=("local", "slurm"), default="local", help="where workers run (local)")
-    verbs = parser.add_subparsers(required=True, metavar="plan|fit|delete|retrain|status|predict|verify")
+    verbs = parser.add_subparsers(required=True, metavar="plan|fit|delete|retrain|status|predict|fair|verify")
 
     def verb(command: Callable[..., int], help: str, *parents: Parser) -> argparse.ArgumentParser:
         sub = verbs.add_parser(command.__name__, help=help, description=help, parents=parents, allow_abbrev=False)
         sub.set_defaults(command=command)
         return sub
 
-    first = verb(plan, "recommend shards and slices")
-    first.add_argument("--rows", type=int, required=True, help="rows of the training set")
-    first.add_argument("--requests", type=int, required=True, help="rows that will be asked for")
-    first.add_argument("--batch", type=int, default=1, help="requests that are served together (1)")
-    first.add_argument("--epochs", type=int, default=20, help="epochs of a training without slices (20)")
-    first.add_argument("--checkpoints", type=int, default=1000, help="models that may be kept (1000)")
+    sisa_planner.arguments(verb(sisa_planner.plan, "recommend shards and slices, and tell what deletion will cost"))
     new = verb(fit, "make an ensemble and train it", common, work)
     new.add_argument("--data", type=Path, metavar="FILE", help=".npz with x, y and optional ids, owner, probability")
     new.add_argument("--estimator", default="sklearn.linear_model.SGDClassifier", help="class of scikit-learn")
@@ -313,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--out", type=Path, metavar="FILE", help="write a .npy file instead of lines")
     skip = "of shards that wait: leave them out, or take their last model without a deleted row (skip)"
     answer.add_argument("--pending", choices=("skip", "clean"), default="skip", help=skip)
+    sisa_fair.arguments(verb(sisa_fair.fair, "error and odds in the groups of an attribute, votes made fair", common))
     check = verb(verify, "check recipe, log, models and receipts", common)
     check.add_argument("--again", action="store_true", help="also train every shard anew and compare every bit")
     return parser

@@ -110,13 +110,19 @@ class SklearnConstituent:
             self.model = pickle.load(file)
 
     def predict(self, x: Any) -> Floats:
+        scores = self.classes is not None and hasattr(self.model, "predict_proba")
+        try:
+            found = np.asarray(self.model.predict_proba(x) if scores else self.model.predict(x))
+        except ValueError as error:  # of another width, most of all
+            reason = str(error).split("\n")[0]
+            raise UserError(f"the models cannot answer for rows of shape {np.shape(x)[1:]}: {reason}") from None
         if self.classes is None:
-            return np.asarray(self.model.predict(x), dtype=np.float64)
+            return found.astype(np.float64)
         out = np.zeros((len(x), self.classes))
-        if hasattr(self.model, "predict_proba"):
-            out[:, np.asarray(self.model.classes_, dtype=np.int64)] = self.model.predict_proba(x)
+        if scores:
+            out[:, np.asarray(self.model.classes_, dtype=np.int64)] = found
         else:
-            out[np.arange(len(x)), np.asarray(self.model.predict(x), dtype=np.int64)] = 1.0
+            out[np.arange(len(x)), found.astype(np.int64)] = 1.0
         return out
 
     def _seed(self, seed: int) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from vislearn.errors import UserError
 Ints = NDArray[np.int64]
 MOST_SHARDS = 20  # beyond it the paper lost more than five points of accuracy even on simple tasks
 SHARDS, SLICES = (1, 2, 3, 5, 10, MOST_SHARDS), (1, 2, 3, 5, 10, 20, 50)
+CHUNK = 1024  # requests of a batch that are multiplied at once
 NEAR = 0.05  # a plan that costs at most this much more than the cheapest is as good, and the smallest of them is better
 
 
@@ -90,9 +91,8 @@ def equal_counts(rows: int, shards: int, slices: int) -> Ints:
     """(S, R) rows of each slice when shards, and slices inside them, differ by one row at most."""
     if rows < shards * slices:
         raise UserError(f"{rows} rows do not fill {shards} x {slices} slices; give fewer (--shards, --slices)")
-    shard = np.arange(rows) * shards // rows
-    sizes = np.bincount(shard, minlength=shards)
-    return np.stack([np.bincount(np.arange(n) * slices // n, minlength=slices) for n in sizes])
+    sizes = np.diff(-(-np.arange(shards + 1) * rows // shards))  # row i of n is in part floor(i parts / n)
+    return np.diff(-(-np.arange(slices + 1) * sizes[:, None] // slices), axis=1)
 
 
 def expected_cost(counts: ArrayLike, epochs: Sequence[int], requests: int, batch: int = 1) -> float:
@@ -109,26 +109,40 @@ def expected_cost(counts: ArrayLike, epochs: Sequence[int], requests: int, batch
     if not 0 <= requests <= n or batch < 1:
         raise UserError(f"requests lie between 0 and {n} and a batch holds at least one, not {requests} and {batch}")
     weight = prefix * np.asarray(epochs, dtype=np.float64)
-    total, served = 0.0, 0
-    hit: dict[int, float] = {}  # of a batch size: what a batch costs, but for the rows that are left
-    while served < requests:
-        size = min(batch, requests - served)
-        if size not in hit:
-            hit[size] = float(np.sum(weight * (1 - _untouched(prefix, n, size))))
-        served += size
-        total += (n - served) / n * hit[size]
-    return total
+
+    def hit(size: int) -> float:
+        """What a batch of this size costs, but for the rows that are left."""
+        return float(np.sum(weight * (1 - _untouched(prefix, n, size)))) if size else 0.0
+
+    whole, rest = divmod(requests, batch)
+    left = whole - batch * whole * (whole + 1) / (2 * n)  # shares of the rows that are left, over the whole batches
+    return (left * hit(batch) if whole else 0.0) + (n - requests) / n * hit(rest)
 
 
 def _untouched(prefix: Ints, rows: int, batch: int) -> NDArray[np.float64]:
     """C(N - p, B) / C(N - 1, B): given a row that stays, none of the other p - 1 rows is among the B."""
-    missed = np.ones(prefix.shape)
-    for i in range(min(batch, rows - 1)):
-        missed *= np.maximum(rows - prefix - i, 0) / (rows - 1 - i)
-    return missed
+    p, where = np.unique(prefix, return_inverse=True)  # shards of equal size have the same ones
+    missed, most = np.ones(len(p)), min(batch, rows - 1)
+    for start in range(0, most, CHUNK):
+        i = np.arange(start, min(start + CHUNK, most))
+        missed *= np.prod(np.maximum(rows - p[:, None] - i, 0) / (rows - 1 - i), axis=1)
+    return missed[where].reshape(prefix.shape)
 
 
-def simulate(shard: ArrayLike, slice_: ArrayLike, epochs: Sequence[int], batches: Iterable[ArrayLike]) -> list[int]:
+def positions(counts: ArrayLike) -> tuple[Ints, Ints]:
+    """(n,) shard and (n,) slice of rows that lie in this order; (S, R) rows of each slice."""
+    size = np.asarray(counts, dtype=np.int64)
+    shards, slices = size.shape
+    return np.repeat(np.arange(shards), size.sum(axis=1)), np.repeat(np.tile(np.arange(slices), shards), size.ravel())
+
+
+def simulate(
+    shard: ArrayLike,
+    slice_: ArrayLike,
+    epochs: Sequence[int],
+    batches: Iterable[ArrayLike],
+    counts: ArrayLike | None = None,
+) -> list[int]:
     """Rows x epochs that each batch of requests runs again, by serving them one after another.
 
     Args:
@@ -136,10 +150,12 @@ def simulate(shard: ArrayLike, slice_: ArrayLike, epochs: Sequence[int], batches
         slice_: (n,) slice of each row, from 0.
         epochs: (R,) epochs of each step.
         batches: row numbers of each batch; a row that is gone already costs nothing.
+        counts: (S, R) rows of each slice, where they are known; counted by default.
     """
     shard, slice_ = np.asarray(shard), np.asarray(slice_)
-    left = np.zeros((int(shard.max()) + 1, len(epochs)), dtype=np.int64)
-    np.add.at(left, (shard, slice_), 1)
+    if counts is None:
+        counts = np.bincount(shard * len(epochs) + slice_, minlength=(int(shard.max()) + 1) * len(epochs))
+    left = np.array(counts, dtype=np.int64).reshape(-1, len(epochs))
     there = np.ones(len(shard), dtype=bool)
     costs = []
     for batch in batches:
@@ -249,6 +265,8 @@ def recommend(
     checkpoints: int = 1000,
     accuracy: Mapping[int, float] | None = None,
     max_drop: float = 0.02,
+    shards: int | None = None,
+    slices: int | None = None,
 ) -> Advice:
     """The cheapest shards and slices that accuracy and storage allow; of nearly equal ones the smallest.
 
@@ -263,29 +281,45 @@ def recommend(
         checkpoints: how many may be kept, S x R.
         accuracy: measured accuracy at several numbers of shards; only those are considered.
         max_drop: accuracy that may be lost against the fewest shards that were measured.
+        shards: take this number of shards, whatever it costs.
+        slices: take this number of slices.
+
+    Raises:
+        UserError: nothing fits the rows and the checkpoints.
     """
+    for name, value in (("shards", shards), ("slices", slices)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} are at least 1, not {value} (--{name})")
     if rows < 1 or not 0 <= requests <= rows or checkpoints < 1 or batch < 1:
         raise UserError(f"rows, checkpoints and batch are at least 1 and requests at most the rows; not {rows}, "
-                        f"{checkpoints}, {batch} and {requests}")  # fmt: skip
-    if accuracy:
+                        f"{checkpoints}, {batch} and {requests} (--checkpoints, --batch, --requests)")  # fmt: skip
+    if shards is not None:
+        allowed = [shards]
+    elif accuracy:
         best = accuracy[min(accuracy)]
-        allowed = [s for s in sorted(accuracy) if best - accuracy[s] <= max_drop]
+        allowed = [s for s in sorted(accuracy) if best - accuracy[s] <= max_drop + 1e-12]
     else:
         allowed = list(SHARDS)
+    each_slices = [r for r in SLICES if r == 1 or r <= 4 * epochs - 2] if slices is None else [slices]
     found = []
-    for s in allowed:
-        for r in SLICES:
-            if s * r <= min(rows, checkpoints) and (r == 1 or r <= 4 * epochs - 2):
-                cost = expected_cost(equal_counts(rows, s, r), epochs_per_slice(epochs, r), requests, batch)
-                found.append((cost, s, r))
+    for s, r in product(allowed, each_slices):
+        if s * r <= min(rows, checkpoints):
+            cost = expected_cost(equal_counts(rows, s, r), epochs_per_slice(epochs, r), requests, batch)
+            found.append((cost, s, r))
     if not found:
-        raise UserError(f"no number of shards in {allowed} fits {rows} rows and {checkpoints} checkpoints")
+        raise UserError(
+            f"{rows} rows and {checkpoints} checkpoints are too few for {', '.join(map(str, allowed))} shards"
+            f"{'' if slices is None else f' of {slices} slices'}; give fewer (--shards, --slices) or more --checkpoints"
+        )
     limit = (1 + NEAR) * min(found)[0]
     cost, s, r = min((f for f in found if f[0] <= limit), key=lambda f: (f[1] * f[2], f[1]))
     each = rows // s
     notes = [f"each constituent learns from {each} rows instead of {rows}"]
-    if accuracy:
-        notes.append(f"measured accuracy {accuracy[s]:.3f} with {s} shards, {best:.3f} with {min(accuracy)}")
+    if accuracy and s in accuracy:
+        least = min(accuracy)
+        notes.append(f"measured accuracy {accuracy[s]:.3f} with {s} shards, {accuracy[least]:.3f} with {least}")
+    elif accuracy:
+        notes.append(f"accuracy with {s} shards was not measured; those measured are {', '.join(map(str, accuracy))}")
     else:
         notes.append(
             f"no accuracy was measured: up to {MOST_SHARDS} shards are considered, beyond which the paper lost more "
@@ -300,7 +334,7 @@ def recommend(
 def cost_curves(
     rows: int, shards: Sequence[int], slices: int, epochs: int, requests: Sequence[int]
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """For a plot: per number of shards, the cost of one batch of K requests as a share of a retraining."""
+    """For a plot: per number of shards, the cost of one batch of K requests as a share of one retraining after it."""
     schedule = epochs_per_slice(epochs, slices)
     curves = []
     for s in shards:

@@ -14,12 +14,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vislearn.errors import UserError
-from vislearn.folders import fsync
+from vislearn.folders import whole
 
 VERSION = 1
 SHORTEST_KEY = 16
@@ -40,6 +41,16 @@ EXACT = (
 def ids_sha256(ids: Iterable[int]) -> str:
     """sha256 of the ids in rising order, in decimal, one a line; names a set, and does not hide a small one."""
     return hashlib.sha256("\n".join(map(str, sorted(set(ids)))).encode()).hexdigest()
+
+
+def version(hashes: Sequence[str | None]) -> str:
+    """sha256 of the models' hashes, shard by shard: names the ensemble that answers."""
+    return hashlib.sha256("\n".join(h or "none" for h in hashes).encode()).hexdigest()
+
+
+def now() -> str:
+    """The time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def canonical(content: Mapping[str, Any]) -> bytes:
@@ -100,13 +111,8 @@ def file_name(request: str) -> str:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place, bring it to the disk and rename it, so that nobody ever finds half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    fsync(path.parent)
+    with whole(path, durable=True) as beside:
+        beside.write_bytes(content)
 
 
 def page(receipt: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from vislearn import folders
 from vislearn import sisa_receipt as receipts
 from vislearn.sisa_ensemble import KEY, Ensemble, versions
 from vislearn.sisa_log import Received, State, read_log
-from vislearn.sisa_service import Service, id_array, model_version
+from vislearn.sisa_service import Service, id_array
 from vislearn.sisa_table import Ids
 from vislearn.store import Artifact, Store
 
@@ -23,7 +23,7 @@ def status(service: Service) -> dict[str, Any]:
     """What answers, what waits, and what a user should know."""
     state, ensemble = read_log(service.log), service.ensemble
     deleted = id_array(state.deleted)
-    shards, hashes = [], []
+    shards = []
     for k in range(ensemble.shards):
         lineage = ensemble.lineage(k, deleted)
         left = len(ensemble.members(k, ensemble.slices, deleted))
@@ -31,12 +31,11 @@ def status(service: Service) -> dict[str, Any]:
         ready = made == ensemble.slices
         shards.append({"shard": k, "rows": left, "slices_made": made,
                        "state": "empty" if left == 0 else "ready" if ready else "left out"})  # fmt: skip
-        hashes.append(service.hash_of(k, deleted) if ready else None)
     waiting = id_array(row for request in state.pending for row in request.rows)
     return {
         "service": service.identity, "rows": len(service.placement.ids), "deleted": len(deleted), "shards": shards,
         "slices": ensemble.slices, "votes": sum(s["state"] == "ready" for s in shards),
-        "model": model_version(hashes), "requests": len(state.requests), "done": len(state.done),
+        "model": service.model(), "requests": len(state.requests), "done": len(state.done),
         "pending": [request.id for request in state.pending], "warnings": _warnings(service, state, waiting),
     }  # fmt: skip
 

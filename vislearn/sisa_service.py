@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -317,10 +316,11 @@ class Service:
                                  "before": before[k], "after": after[k]})  # fmt: skip
             content = {
                 "receipt": receipts.VERSION, "request": request.id, "by": request.by, "received": request.time,
-                "completed": now(), "rows": len(request.rows), "ids_sha256": receipts.ids_sha256(request.rows),
+                "completed": receipts.now(), "rows": len(request.rows), "ids_sha256": receipts.ids_sha256(request.rows),
                 "record": received.record, "record_sha256": received.sha256, "service": self.identity,
                 "shards": replaced,
-                "ensemble": {"before": model_version(before), "after": model_version(after)}, "versions": versions(),
+                "ensemble": {"before": receipts.version(before), "after": receipts.version(after)},
+                "versions": versions(),
                 "statement": [receipts.EXACT, receipts.PROVES, receipts.NOT],
             }  # fmt: skip
             signed = receipts.sign(content, key)
@@ -350,6 +350,17 @@ class Service:
         Raises:
             UserError: no shard has a model that may answer.
         """
+        outputs, facts = self.outputs(x, pending)
+        if self.recipe["core"].get("values"):
+            return outputs.mean(axis=0), facts
+        labels = aggregate(outputs, self.recipe["vote"])
+        return (labels if self.classes is None else self.classes[labels]), facts
+
+    def outputs(self, x: Any, pending: Pending = "skip") -> tuple[NDArray[Any], dict[str, Any]]:
+        """(S, n, classes) probabilities, or (S, n) values, of each constituent; arguments and errors of `predict`.
+
+        For what works on all of them, such as votes made fair. Who sees them learns which rows share a shard.
+        """
         if pending not in ("skip", "clean"):
             raise UserError(f"pending is 'skip' or 'clean', not {pending!r} (--pending)")
         models = self._models(pending == "clean")
@@ -360,11 +371,11 @@ class Service:
         outputs = np.stack([model.predict(x) for model in models.values()])
         if not np.isfinite(outputs).all():
             raise UserError("a constituent answers with values that are not finite: its training diverged")
-        facts = {"votes": list(models), "left_out": [k for k in range(self.ensemble.shards) if k not in models]}
-        if self.recipe["core"].get("values"):
-            return outputs.mean(axis=0), facts
-        labels = aggregate(outputs, self.recipe["vote"])
-        return (labels if self.classes is None else self.classes[labels]), facts
+        return outputs, {"votes": list(models), "left_out": [k for k in range(self.ensemble.shards) if k not in models]}
+
+    def model(self) -> str:
+        """Names the ensemble that answers: it is another one after every deletion that was carried out."""
+        return receipts.version([self.hash_of(k, self.deleted()) for k in range(self.ensemble.shards)])
 
     def _models(self, clean: bool) -> dict[int, Constituent]:
         """The models that may answer, by shard; read again where a request arrived meanwhile."""
@@ -378,16 +389,6 @@ class Service:
                 continue
             if np.array_equal(deleted, self.deleted()):
                 return {k: model for k, model in found.items() if model is not None}
-
-
-def model_version(hashes: Sequence[str | None]) -> str:
-    """sha256 of the models' hashes, shard by shard: names the ensemble that answers."""
-    return sha256("\n".join(h or "none" for h in hashes).encode()).hexdigest()
-
-
-def now() -> str:
-    """The time in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def id_array(ids: Any) -> Ids:

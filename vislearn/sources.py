@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import progress
 from .errors import UserError
+from .folders import whole
 
 log = logging.getLogger(__name__)
 
@@ -262,14 +263,11 @@ def cached(
                 log.warning("the cached data in %s are damaged (%s): they are made again", path, one_line(error))
         tensors, about = make()
         about["sha256"] = {k: sha256(v) for k, v in tensors.items()}
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, beside, {"about": json.dumps(about)})
-            beside.replace(path)
+            with whole(path) as beside:
+                save_file(tensors, beside, {"about": json.dumps(about)})
         except (SafetensorError, OSError) as error:
             log.warning("cannot write the cached data %s (%s): the next run makes them again", path, one_line(error))
-            if beside.exists():
-                beside.unlink()
     return tensors, about
 
 

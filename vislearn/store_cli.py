@@ -126,9 +126,11 @@ def gc(store: Store, options: argparse.Namespace) -> int:
 
 
 def kind(recipe: Mapping[str, Any]) -> str:
-    """Say what a recipe makes: an original, retrained, unlearned or shadow model, or what was measured on one."""
+    """Say what a recipe makes: an original, retrained, unlearned or shadow model, a step of a stream, or a measure."""
     if recipe.get("measure"):
         return "measure"
+    if recipe.get("strategy"):
+        return "continual"
     if ((recipe.get("data") or {}).get("init_args") or {}).get("hold_out"):
         return "shadow"
     if recipe.get("method"):
@@ -213,17 +215,22 @@ def _row(artifact: Artifact, varying: Mapping[str, set[str]]) -> tuple[str, ...]
         seed = str(made["measure"]["seed"])
         return (artifact.key, kind(made), of, _class(made.get("data")), "-", "-", seed, size, age)
     seed = str(made.get("seed_everything"))
-    if made.get("method"):
+    if made.get("method") and not made.get("strategy"):
         seed += f"/{made.get('unlearn_seed')}"
     forget, method = _forget(made), made.get("method")
     shown = {name: value for name, value in _arguments(method).items() if name in varying.get(_class(method), ())}
+    told = _class(method) + _brief(shown, named=True) if method else "-"
+    asked = _class(forget) + _brief(_arguments(forget)) if forget else "-"
+    if made.get("strategy"):
+        told = _class(made["strategy"]) + (f", {told}" if method else "")
+        asked = _short(",".join(made["requests"]), 40)
     return (
         artifact.key,
         kind(made),
         _arguments(made.get("model")).get("arch") or _class(made.get("model")),
         _class(made.get("data")),
-        _class(forget) + _brief(_arguments(forget)) if forget else "-",
-        _class(method) + _brief(shown, named=True) if method else "-",
+        asked,
+        told,
         seed,
         size,
         age,

@@ -1,4 +1,4 @@
-"""How a stream of tasks is learned, one after another: `Strategy`, and `GradientStrategy` for those with a training loop."""
+"""How a stream of tasks is learned: `Strategy`, and `GradientStrategy` for those with a training loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 Setting = Literal["task", "class"]
+UnlearnData = Literal["memory", "all"]  # what an unlearning method may read: rows that the strategy keeps, or all
 
 
 class Strategy(ABC):
     """Learns the tasks of a stream in turn, and keeps what it needs between two requests.
 
-    The engine calls `begin` once, then for every request `learn` or `unlearn`, and afterwards `note_learned` or
-    `note_forgotten`; between two requests `state` is written to disk and, after a kill, given to `restore`.
+    The engine carries out every request with a fresh copy of the strategy and of the model: `begin`, `restore` with the
+    `state` and the weights that were written after the request before (but for the first), then `learn` or `unlearn`,
+    and `note_learned` or `note_forgotten`. So a killed run goes on to the same numbers, and what is in no `state` is
+    gone with the request. The global generator is seeded for every call of `begin`, alike, and for every request.
 
     Attributes:
         settings: the settings it serves: "task", in which a test row comes with its task, and "class", without.
@@ -32,6 +35,8 @@ class Strategy(ABC):
         setting: the setting of this stream; after `begin`.
         learned: tasks that are learned and not forgotten, in the order in which they were learned.
         forgotten: tasks that were forgotten and not learned again, likewise.
+        report: what it says of the last request, where it says anything: numbers and strings; "warnings" is a list of
+            sentences.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset({"task", "class"})
@@ -41,6 +46,7 @@ class Strategy(ABC):
     setting: Setting
     learned: list[int]
     forgotten: list[int]
+    report: dict[str, Any]
 
     def check(self, model: Learner, data: TaskStream, setting: Setting) -> None:
         """Refuse, in words, what the strategy cannot do."""
@@ -50,7 +56,7 @@ class Strategy(ABC):
             raise UserError(f"{name} works on {' or '.join(k.__name__ for k in kinds)}, and this model is a "
                             f"{type(model).__name__}; give --model={kinds[0].__name__}")  # fmt: skip
         if setting not in self.settings:
-            raise UserError(f"{name} needs --setting={next(iter(self.settings))}")
+            raise UserError(f"{name} needs --setting={min(self.settings)}")
 
     def begin(self, model: Learner, data: TaskStream, setting: Setting) -> None:
         """Take up a new stream: nothing is learned yet."""
@@ -109,8 +115,8 @@ class Strategy(ABC):
             task: the task of the rows, in the setting "task"; None in the setting "class".
 
         Returns:
-            (b, k) logits of the k classes of the task, or (b, c) of all classes of the stream, -inf for classes of tasks
-            that were never learned.
+            (b, k) logits of the k classes of the task, or (b, c) of all classes of the stream, -inf for classes of
+            tasks that were never learned.
         """
         if task is not None:
             return task_logits(model, x, data, task)
@@ -125,7 +131,10 @@ class Strategy(ABC):
         return {"learned": list(self.learned), "forgotten": list(self.forgotten)}
 
     def restore(self, model: Learner, data: TaskStream, state: dict[str, Any]) -> None:
-        """Take up a state of `state`; `begin` was called before, and `model` holds the weights of the same request."""
+        """Take up a `state`, all of whose tensors are on the CPU.
+
+        `begin` was called before, and `model` holds the weights of the same request.
+        """
         self.learned, self.forgotten = list(state["learned"]), list(state["forgotten"])
 
 
@@ -135,15 +144,17 @@ def task_logits(model: Learner, x: Tensor, data: TaskStream, task: int) -> Tenso
     A learner that has a network for each task says so by a method `task_outputs(x, task)`; any other has one output
     for every class of the stream, of which those of the task are taken.
     """
-    if hasattr(model, "task_outputs"):
-        return model.task_outputs(x, task)
+    of_task = getattr(model, "task_outputs", None)
+    if of_task is not None:
+        return of_task(x, task)
     return model(x)[:, list(data.tasks[task])]
 
 
 class GradientStrategy(Strategy, LightningModule):
     """A loss over batches of the current task; Lightning runs the loop.
 
-    A subclass overrides `training_step`, or only `loss`, and `train_stream` where a batch is more than rows of the task.
+    A subclass overrides `training_step`, or only `loss`, and `train_stream` where a batch is more than rows of the
+    task.
 
     Args:
         epochs: passes over the rows of a task.

@@ -7,7 +7,6 @@ training has ended. Every file is written beside its place and then moved there,
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from . import progress
 from .errors import UserError
-from .folders import storage_fault
+from .folders import storage_fault, whole
 from .forget import Forget
 from .learner import Learner
 from .loader import Loader
@@ -169,12 +168,8 @@ def fingerprint(module: nn.Module) -> str:
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a file that is whole or not there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as beside:
         save_file(tensors, beside, metadata)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def step_files(folder: Path) -> dict[int, Path]:
@@ -206,9 +201,8 @@ def begin(folder: Path, about: dict[str, Any], step: int) -> None:
     if step or any(folder.iterdir()):
         why = "misses the first steps of this training" if step else "is not empty and holds no record of updates"
         raise UserError(f"{folder} {why}; give another --trainer.callbacks.folder, and begin the training anew")
-    beside = folder / f".{LOG}.{os.getpid()}"
-    beside.write_text(json.dumps(about))
-    os.replace(beside, log)
+    with whole(log) as beside:
+        beside.write_text(json.dumps(about))
 
 
 def finish(folder: Path, steps: int, final: str) -> None:

@@ -309,7 +309,8 @@ class SlurmPool:
         return len(self.running) < self.workers
 
     def start(self, task: Task) -> None:
-        self.running[task.number] = self.executor.submit(SlurmTask(task, os.getcwd()))
+        paths = [os.path.abspath(path) for path in sys.path]
+        self.running[task.number] = self.executor.submit(SlurmTask(task, os.getcwd(), paths))
 
     def wait(self, timeout: float) -> list[Event]:
         ended = [number for number, job in self.running.items() if job.done()]
@@ -338,9 +339,11 @@ class SlurmTask:
 
     task: Task
     folder: str
+    paths: list[str]  # where modules are found, the user's own among them
 
     def __call__(self) -> tuple[str, float]:
         os.chdir(self.folder)
+        sys.path += [path for path in self.paths if path not in sys.path]
         return execute(load(self.task.target), self.task)
 
     def checkpoint(self, *args: Any) -> Any:

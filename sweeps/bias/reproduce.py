@@ -6,9 +6,7 @@
 with a ResNet-50 (a GPU, and the data under --root).
 """
 
-import argparse
 import copy
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,9 +29,11 @@ from vislearn.method import UnlearningMethod
 from vislearn.methods import CUPID, DELETE, BadTeacher, GradientAscent
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.roc import roc
+from vislearn.reproduction import NO_NUMBER, expected, finish, leave, parser, words
 from vislearn.trainer import DEFAULTS, Trainer
 
-EXPECTED = json.loads((Path(__file__).parent / "expected.json").read_text())
+HERE = Path(__file__).parent
+EXPECTED = expected(HERE)
 TARGET = 0.1  # forget accuracy at which both methods stop
 ETAS = (0.01, 0.05, 0.2)
 
@@ -182,10 +182,11 @@ def digits(scale: Scale) -> dict[str, Any]:
                           f"aligned {made[name]['forget']['aligned']:.1f}, conflicting "
                           f"{made[name]['forget']['conflicting']:.1f}, {made[name]['steps']} steps"
                           for name in ("ascent", "CUPID")), flush=True)  # fmt: skip
-    lines = accepted(found)
-    for holds, said in lines:
-        print(f"{'reproduced' if holds else 'NOT reproduced'}: {said}")
-    return {"runs": found, "acceptance": [{"reproduced": holds, "line": said} for holds, said in lines]}
+    findings = []
+    for (name, wanted), (holds, said) in zip(EXPECTED["acceptance"].items(), accepted(found), strict=True):
+        findings.append({"id": name, "says": wanted["says"], "source": wanted["source"], "published": NO_NUMBER,
+                         "verdict": words(holds), "numbers": said})  # fmt: skip
+    return {"runs": found, "findings": findings}
 
 
 def birds(root: Path) -> dict[str, Any]:
@@ -193,6 +194,7 @@ def birds(root: Path) -> dict[str, Any]:
     known = {("test" if "test" in e["what"] else "train"): e["values"] for e in EXPECTED["paper"]
              if e["data"] == "Waterbirds" and e["what"].startswith("forget accuracy")}  # fmt: skip
     found: dict[str, Any] = {}
+    findings = []
     original = trained(
         Classifier("resnet50", num_classes=2, in_channels=3, image_size=224, pretrained=True, lr=1e-3),
         Waterbirds(root), 0, 10,
@@ -210,11 +212,13 @@ def birds(root: Path) -> dict[str, Any]:
                 value = streamed(model, data, rows)
                 found[f"{name}/{title}/{where}"] = value
                 aim = known[where].get(title)
-                verdict = "no number to compare with" if aim is None else (
-                    f"{'reproduced' if abs(value - aim) <= 5 else 'NOT reproduced'} within 5 points of {aim} "
-                    "(secondary source)")  # fmt: skip
-                print(f"forgetting {name}, {title}: {value:.2f} % right on its {where} rows: {verdict}", flush=True)
-    return found
+                findings.append({
+                    "id": f"{name}/{title}/{where}", "says": f"share of {name} right on its {where} rows after {title}",
+                    "source": "secondary source; which class the paper forgets is not known",
+                    "published": NO_NUMBER if aim is None else f"{aim} %, to within 5 points",
+                    "verdict": words(None if aim is None else abs(value - aim) <= 5), "numbers": f"{value:.2f} %",
+                })  # fmt: skip
+    return {"runs": found, "findings": findings}
 
 
 @torch.inference_mode()
@@ -225,18 +229,14 @@ def streamed(model: Learner, data: ForgetDataModule, name: str) -> float:
     return 100 * torch.cat(right).mean().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=[*SCALES, "paper"], default="smoke")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where Waterbirds is, for --scale paper")
-    parser.add_argument("--json", type=Path, help="where the numbers go")
-    options = parser.parse_args()
+def main() -> int:
+    options = parser(HERE, __doc__, stores=False).parse_args()
     quiet()
-    found = birds(options.root) if options.scale == "paper" else digits(SCALES[options.scale])
-    found |= {"scale": options.scale, "machine": runs.machine(), "versions": runs.versions()}
-    if options.json:
-        options.json.write_text(json.dumps(runs.as_json(found), indent=1) + "\n")
+    paper = options.scale == "paper"
+    found = birds(Path(options.root or "data")) if paper else digits(SCALES[options.scale])
+    seeds = [0] if paper else sorted({seed for seed, _ in SCALES[options.scale].cases})
+    return finish(options, found["findings"], runs.machine() | runs.versions(), {"original": seeds}, runs=found["runs"])
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

@@ -1,6 +1,5 @@
 """What the benchmark of corrective unlearning found, as questions to its results."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
+from vislearn.reproduction import Verdict, expected, words
 from vislearn.selection import Course, courses, finite, select
 
 NEAR = 0.25  # near the original or the clean model: within a quarter of what lies between them
 CORR, RETAIN = "corrective/acc_corr", "corrective/acc_retain"
-Verdict = tuple[bool | None, str]  # None where it cannot be told
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,8 @@ def line(values: Iterable[float]) -> str:
 def check(poisoning: Side, confusion: Side) -> list[dict[str, Any]]:
     """Each finding with its verdict and numbers; none is told from a manipulation that did no harm."""
     found = []
-    for finding in json.loads((Path(__file__).parent / "expected.json").read_text())["findings"]:
+    for finding in expected(Path(__file__).parent)["findings"]:
         side = confusion if finding["manipulation"] == "confusion" else poisoning
         told, said = (None, side.silent) if side.silent else CHECKS[finding["id"]](poisoning, confusion)
-        verdict = "cannot be told" if told is None else "reproduced" if told else "not reproduced"
-        found.append(finding | {"verdict": verdict, "numbers": said, "tolerance": round(side.tolerance, 2)})
+        found.append(finding | {"verdict": words(told), "numbers": said, "tolerance": round(side.tolerance, 2)})
     return found

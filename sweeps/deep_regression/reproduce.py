@@ -4,7 +4,6 @@ python sweeps/deep_regression/reproduce.py --scale smoke [--root FOLDER] [--stor
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -13,20 +12,33 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from scipy import stats
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for the data module of the digits, in this process and in the workers
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", ""))))
 
-from vislearn import runs  # noqa: E402
+from vislearn import reproduction, runs  # noqa: E402
 from vislearn.benchmark import Resolver, with_rule  # noqa: E402
-from vislearn.benchmark import main as benchmark  # noqa: E402
 from vislearn.metrics.gap import interval  # noqa: E402
 from vislearn.metrics.regression import anamnesis_index  # noqa: E402
+from vislearn.reproduction import (  # noqa: E402
+    Rule,
+    Verdict,
+    cell,
+    check,
+    expected,
+    facts,
+    finish,
+    leave,
+    of_cells,
+    parser,
+    rises,
+    shown,
+    together,
+    words,
+)
 from vislearn.store import Store  # noqa: E402
 
 ORDER = ("original", "FineTune", "GaussianAmnesiac", "Blindspot", "retrained")
@@ -34,54 +46,7 @@ TITLES = {"test_retain/mae": "test retain MAE", "test_forget/mae": "test forget 
           "forget/wasserstein": "W1 to retrained (D_f)", "forget/mia_svc_official": "attack share, forget"}  # fmt: skip
 ERROR, RETAIN, W1 = "test_forget/mae", "test_retain/mae", "forget/wasserstein"
 WORSE = 1.07  # retain error of a method that keeps its utility, over the original's
-Verdict = tuple[bool | None, str]  # None where it cannot be told
-
-Interval = tuple[float, float | None, float | None]
-
-
-class Rule:
-    """The numbers of one forget rule, by model."""
-
-    def __init__(self, rule: dict[str, Any]) -> None:
-        self.rule = rule
-        self.models = {name: rule["models"][name] for name in ("original", "retrained")}
-        self.models |= {m["name"]: m for m in rule["methods"] if m["status"] == "done"}
-
-    def values(self, name: str, key: str) -> list[float]:
-        """One value a seed."""
-        return self.models.get(name, {"metrics": {}})["metrics"].get(key, [])
-
-    def interval(self, name: str, key: str) -> Interval | None:
-        """Mean and 95 % interval: over seeds, or for distances over pairs with retrained models."""
-        if values := self.values(name, key):
-            return interval(values)
-        apart = self.models.get(name, {}).get("to_retrained", {}).get(key)
-        return (apart["mean"], apart["low"], apart["high"]) if apart else None
-
-    def difference(self, one: str, other: str, key: str) -> Interval | None:
-        """Mean and 95 % interval of other - one; by seed where both started from the same originals, else Welch's."""
-        a, b = (np.array(self.values(name, key)) for name in (one, other))
-        if not len(a) or not len(b):
-            return None
-        if "retrained" not in (one, other) and len(a) == len(b):
-            return interval((b - a).tolist())
-        mean = float(b.mean() - a.mean())
-        if min(len(a), len(b)) < 2:
-            return mean, None, None
-        both = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-        return mean, float(both.low), float(both.high)
-
-
-def rises(difference: Interval | None, least: float = 0.0) -> bool | None:
-    """Whether a difference is above `least`: None where its interval holds it, or there is none."""
-    if difference is None or difference[1] is None or difference[2] is None:
-        return None
-    return True if difference[1] > least else False if difference[2] < least else None
-
-
-def together(told: Sequence[bool | None]) -> bool | None:
-    """All of several statements: false where one is, true where all are."""
-    return False if False in told else None if None in told else True
+NO_REFERENCE = "no reference"
 
 
 def order(rule: Rule) -> Verdict:
@@ -116,41 +81,15 @@ def utility(rule: Rule) -> Verdict:
 CHECKS = {"order": order, "closest": closest, "utility": utility}
 
 
-def shown(value: Interval | None) -> str:
-    if value is None:
-        return "–"
-    mean, low, high = value
-    return f"{mean:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else "")
-
-
-def cell(ours: Interval | None, values: Sequence[float], theirs: dict[str, Any], n: int) -> str:
-    """Whether a number is reproduced.
-
-    Against several seeds: the 95 % intervals of both means meet. Against a single run: it lies where one more run of
-    ours would, with 95 % probability. Without an interval of ours it cannot be told.
-    """
-    if ours is None or ours[1] is None or ours[2] is None:
-        return "cannot be told"
-    low, high = ours[1], ours[2]
-    if theirs["sd"] is not None and n > 1:
-        half = float(stats.t.ppf(0.975, n - 1)) * theirs["sd"] / math.sqrt(n)
-    elif len(values) > 1:  # from the interval of a mean to that of one more value
-        half, wide = 0.0, math.sqrt(1 + len(values))
-        low, high = (ours[0] + wide * (end - ours[0]) for end in (low, high))
-    else:
-        half = 0.0
-    return "reproduced" if low <= theirs["mean"] + half and high >= theirs["mean"] - half else "not reproduced"
-
-
-def compared(rule: Rule, expected: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(rule: Rule, known: dict[str, Any]) -> list[dict[str, Any]]:
     """Every cell: ours, theirs, and the verdict; without theirs our numbers alone."""
     rows = []
     for key, title in TITLES.items():
         for name in ("original", "retrained", "FineTune", "GaussianAmnesiac", "Blindspot"):
-            ours, theirs = rule.interval(name, key), expected["cells"].get(key, {}).get(name)
+            ours, theirs = rule.interval(name, key), known["cells"].get(key, {}).get(name)
             if ours is None and theirs is None:
                 continue
-            verdict = cell(ours, rule.values(name, key), theirs, expected["n"]) if theirs else "no reference"
+            verdict = cell(ours, rule.values(name, key), theirs, known["n"]) if theirs else NO_REFERENCE
             rows.append({"what": title, "model": name, "ours": ours, "reference": theirs, "verdict": verdict})
     return rows
 
@@ -186,17 +125,29 @@ def table(title: str, rows: Sequence[dict[str, Any]], checks: Sequence[dict[str,
 
 
 def run(file: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The results of one benchmark file; what is stored already is not made again."""
-    page = Path(options.store) / "reports" / f"deep-regression-{options.scale}-{file.stem}.html"
+    """The results of one benchmark file, cut to the seeds that were asked for."""
     if options.seeds:
         plan = yaml.safe_load(file.read_text())
         plan |= {name: plan[name][: options.seeds] for name in ("seeds", "retrain_seeds")}
         file = Path(options.store) / f"deep-regression-{options.scale}-{file.name}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(plan, sort_keys=False))
-    root = ["--root", options.root] if options.root and options.scale != "smoke" else []
-    benchmark(["-c", str(file), "--store", options.store, "--page", str(page), *root])
-    return json.loads(page.with_suffix(".json").read_text())
+    return reproduction.benchmarked(file, options)
+
+
+def findings_of(parts: Sequence[dict[str, Any]], known: dict[str, Any]) -> list[dict[str, Any]]:
+    """The findings of every recipe and rule, and for recipes with reference numbers that all of them come out."""
+    out = []
+    for part in parts:
+        where = f"{part['rule']}: " if len(parts) > 1 else ""
+        out += [finding | {"says": f"{where}{finding['says']}"} for finding in part["findings"]]
+        said = [row["verdict"] for row in part["cells"] if row["verdict"] != NO_REFERENCE]
+        if said:
+            told, numbers = of_cells(said)
+            out.append({"id": "cells", "says": f"{where}errors, distances and attack are those of the reference",
+                        "source": known["recipes"][part["recipe"]]["source"], "published": "see expected.json",
+                        "verdict": words(told), "numbers": numbers})  # fmt: skip
+    return out
 
 
 def written(scale: str, lines: Sequence[str]) -> None:
@@ -208,28 +159,22 @@ def written(scale: str, lines: Sequence[str]) -> None:
     readme.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"{end}{after.partition(end)[2]}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=["smoke", "cpu", "paper"], default="smoke")
-    parser.add_argument("--root", help="folder of the images (cpu, paper)")
-    parser.add_argument("--store", default="artifacts", help="folder of the stored models")
-    parser.add_argument("--seeds", type=int, help="only so many originals and retrained models; by default all")
-    parser.add_argument(
+def main(argv: Sequence[str] | None = None) -> int:
+    options_of = parser(HERE, __doc__)
+    options_of.add_argument("--seeds", type=int, help="only so many originals and retrained models; by default all")
+    options_of.add_argument(
         "--relearn", action="store_true", help="the anamnesis index too, which trains every model again"
     )
-    options = parser.parse_args(argv)
-    expected = json.loads((HERE / "expected.json").read_text())
-    out, lines = [], []
+    options = options_of.parse_args(argv)
+    theirs = expected(HERE)
+    out, lines, made = [], [], []
     for file in sorted((HERE / options.scale).glob("*.yaml")):
-        results, known = run(file, options), expected["recipes"][f"{options.scale}/{file.stem}"]
+        results, known = run(file, options), theirs["recipes"][f"{options.scale}/{file.stem}"]
+        made.append(results)
         for each in results["rules"]:
             rule = Rule(each)
-            rows, checks = compared(rule, known), []
-            for finding in expected["findings"]:
-                told, said = CHECKS[finding["id"]](rule)
-                verdict = "cannot be told" if told is None else "reproduced" if told else "not reproduced"
-                checks.append(finding | {"verdict": verdict, "numbers": said})
-            entry = {"recipe": f"{options.scale}/{file.stem}", "rule": each["title"], "machine": results["machine"],
+            rows, checks = compared(rule, known), check(theirs["findings"], CHECKS, rule)
+            entry = {"recipe": f"{options.scale}/{file.stem}", "rule": each["title"],
                      "seconds": round(results["seconds"]), "cells": rows, "findings": checks,
                      "reports": {m["name"]: m["report"] for m in each["methods"] if m["status"] == "done"}}  # fmt: skip
             if options.relearn:
@@ -238,9 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             out.append(entry)
             lines += table(each["title"], rows, checks)
     print("\n".join(lines))
-    (HERE / f"results_{options.scale}.json").write_text(json.dumps(out, indent=1) + "\n")
-    written(options.scale, lines)
+    if options.json is None:
+        written(options.scale, lines)
+    return finish(options, findings_of(out, theirs), **facts(*made), recipes=out)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

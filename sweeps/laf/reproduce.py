@@ -8,9 +8,7 @@ than one row of the set. Where one side has a single run, the other side's devia
 seed of ours the interval is wide, and the verdict is "consistent" at best. Single runs on both sides give no interval.
 """
 
-import argparse
 import copy
-import json
 import math
 import statistics
 import time
@@ -34,7 +32,8 @@ from vislearn.learner import Classifier, Learner
 from vislearn.measure import Bench, Subject
 from vislearn.measures.label_agnostic import label_agnostic_attack
 from vislearn.metrics.accuracy import accuracy
-from vislearn.runs import seed_unlearning
+from vislearn.reproduction import expected, finish, leave, of_cells, parser, words
+from vislearn.runs import machine, seed_unlearning, versions
 from vislearn.trainer import DEFAULTS, Trainer
 
 HERE = Path(__file__).parent
@@ -172,10 +171,15 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], runs: int, row: floa
     return ("reproduced" if n > 1 else "consistent"), half
 
 
+def references() -> dict[str, Any]:
+    """The groups of reference numbers."""
+    return {name: group for name, group in expected(HERE).items() if name != "about"}
+
+
 def table(found: Mapping[str, list[dict[str, Any]]], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """One line for every number that there is a reference for."""
     lines = []
-    for group in json.loads((HERE / "expected.json").read_text()).values():
+    for name, group in references().items():
         for cell in found.keys() & group.keys():
             for metric, theirs in zip(group["metrics"], group[cell], strict=False):
                 ours = [each[metric] for each in found[cell] if metric in each]
@@ -184,27 +188,34 @@ def table(found: Mapping[str, list[dict[str, Any]]], sizes: Mapping[str, int]) -
                 said, half = verdict(
                     ours, theirs, group["runs"], 100 / sizes.get(f"{cell.split('/')[1]}/{metric}", 100)
                 )
-                lines.append({"cell": cell, "metric": metric, "reference": theirs, "ours": ours, "verdict": said,
-                              "mean": statistics.mean(ours), "half_width": None if math.isnan(half) else half,
-                              "source": group["source"]})  # fmt: skip
+                lines.append({"group": name, "cell": cell, "metric": metric, "reference": theirs, "ours": ours,
+                              "verdict": said, "mean": statistics.mean(ours), "source": group["source"],
+                              "half_width": None if math.isnan(half) else half})  # fmt: skip
     return sorted(lines, key=lambda line: (line["cell"], line["metric"]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("smoke", "cpu", "paper"), default="smoke")
-    parser.add_argument("--seeds", type=int, nargs="+", help="by default those of the recipe")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where CIFAR-10 is")
-    parser.add_argument(
-        "--json", type=Path, help="where the numbers go; by default results_<scale>.json beside this file"
-    )
-    arguments = parser.parse_args()
+def findings_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One finding for each source of reference numbers: that all of them come out."""
+    out = []
+    for name, group in references().items():
+        told, numbers = of_cells(line["verdict"] for line in lines if line["group"] == name)
+        out.append({"id": name, "says": group["says"], "source": group["source"], "verdict": words(told),
+                    "published": "see expected.json", "numbers": numbers})  # fmt: skip
+    return out
+
+
+def main() -> int:
+    options_of = parser(HERE, __doc__, stores=False)
+    options_of.add_argument("--seeds", type=int, nargs="+", help="by default those of the recipe")
+    arguments = options_of.parse_args()
+    root = Path(arguments.root or "data")
     quiet()
     scale = yaml.safe_load((HERE / "recipe.yaml").read_text())[arguments.scale]
-    found = run(scale, arguments.seeds or scale["seeds"], arguments.root)
+    seeds = arguments.seeds or scale["seeds"]
+    found = run(scale, seeds, root)
     sizes = {}
     for task in scale["tasks"]:
-        indices = data_module(scale["data"], rule(task), arguments.root).indices
+        indices = data_module(scale["data"], rule(task), root).indices
         sizes |= {f"{task}/{name}": len(ids) for name, ids in indices.items()}
     lines = table(found, sizes)
     for line in lines:
@@ -212,9 +223,9 @@ def main() -> None:
         width = "" if line["half_width"] is None else f" (difference within {line['half_width']:.2f})"
         print(f"{line['cell']:28} {line['metric']:12} theirs {theirs:14} ours {line['mean']:6.2f}{width}  "
               f"{line['verdict']}")  # fmt: skip
-    where = arguments.json or HERE / f"results_{arguments.scale}.json"
-    where.write_text(json.dumps({"scale": arguments.scale, "runs": found, "cells": lines}, indent=1) + "\n")
+    return finish(arguments, findings_of(lines), machine() | versions(), {"original": seeds, "retrained": seeds},
+                  runs=found, cells=lines)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

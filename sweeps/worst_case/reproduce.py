@@ -7,7 +7,6 @@ Models are kept in the store, so that a run which was interrupted goes on where 
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from vislearn.jobs import run_all
 from vislearn.metrics.gap import gap, interval
 from vislearn.plan import Plan, shipped
 from vislearn.recipe import load_yaml
+from vislearn.reproduction import NO_NUMBER, expected, finish, leave, parser, words
 from vislearn.store import Store
 
 HERE = Path(__file__).parent
-EXPECTED = json.loads((HERE / "expected.json").read_text())
+EXPECTED = expected(HERE)
 METHODS = tuple(EXPECTED["gap"])
 NUMBERS = {"UA": ("forget/accuracy", True), "MIA": ("forget/mia_svc_confidence", True),
            "RA": ("retain/accuracy", False), "TA": ("test/accuracy", False)}  # fmt: skip # True: 100 less the share
@@ -66,8 +66,10 @@ def checks(sets: Mapping[str, Any], search: Mapping[str, Any]) -> list[dict[str,
     """The paper's findings, each with what was found and whether it is so; None where that cannot be told."""
     out = []
 
-    def add(claim: str, found: str, holds: bool | None) -> None:
-        out.append({"claim": claim, "found": found, "reproduced": holds})
+    def add(claim: str, found: str, holds: bool | None, *published: float | None) -> None:
+        pair = [f"{value:g}" for value in published if value is not None]
+        out.append({"claim": claim, "found": found, "reproduced": holds,
+                    "published": f"random and worst: {' and '.join(pair)}" if pair else NO_NUMBER})  # fmt: skip
 
     share = next(iter(EXPECTED["checks"].values()))
     for name in ("UA", "MIA"):
@@ -75,24 +77,27 @@ def checks(sets: Mapping[str, Any], search: Mapping[str, Any]) -> list[dict[str,
         told = None not in pair and pair[0] > 0
         said = " and ".join("unknown" if p is None else f"{p:.2f}" for p in pair)
         add(f"{name} of retraining on the worst set is at most {share:g} of that on the random set",
-            f"random and worst: {said} %", pair[1] <= share * pair[0] if told else None)  # fmt: skip
+            f"random and worst: {said} %", pair[1] <= share * pair[0] if told else None,
+            *(EXPECTED["retrained"][s][name][0] for s in SETS))  # fmt: skip
     last, m, n = search["curve"][-1]["overlap_start"], search["rows"], search["candidates"]
     spread = (m * (m / n) * (1 - m / n) ** 2) ** 0.5
     chance = search["overlap_by_chance"]
     add("the set overlaps its random start as two random sets do", f"{last} rows, {chance:.0f} expected",
         abs(last - chance) <= CHANCE * spread)  # fmt: skip
-    for name, expected in EXPECTED["gap"].items():
+    for name, known in EXPECTED["gap"].items():
         each = [sets[s]["methods"].get(name, {}).get("gap") for s in SETS]
+        published = [known[s] for s in SETS]
         if None in each:
-            add(f"{name} is {expected['worst_is']} on the worst set", "no gap on one of the sets", None)
+            add(f"{name} is {known['worst_is']} on the worst set", "no gap on one of the sets", None, *published)
             continue
         random, worst = each
         better = worst["mean"] < random["mean"]
         apart = [g["low"] is not None for g in each] == [True, True] and (
             worst["high"] < random["low"] or worst["low"] > random["high"])  # fmt: skip
-        add(f"{name} is {expected['worst_is']} on the worst set",
+        add(f"{name} is {known['worst_is']} on the worst set",
             f"mean gap {random['mean']:.2f} on random rows, {worst['mean']:.2f} on the worst"
-            + ("" if apart else "; the intervals meet"), better == (expected["worst_is"] == "better"))  # fmt: skip
+            + ("" if apart else "; the intervals meet"), better == (known["worst_is"] == "better"),
+            *published)  # fmt: skip
     return out
 
 
@@ -166,14 +171,19 @@ def table(sets: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def findings_of(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The findings with what was found, in the form of the results file."""
+    return [
+        {"id": str(at), "says": each["claim"], "source": EXPECTED["source"], "published": each["published"],
+         "verdict": words(each["reproduced"]), "numbers": each["found"]}
+        for at, each in enumerate(made, 1)
+    ]  # fmt: skip
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=["smoke", "cpu", "paper"], default="smoke")
-    parser.add_argument("--store", default="artifacts", help="folder of the stored models")
-    parser.add_argument("--root", help="where the data are")
-    parser.add_argument("--workers", type=int, help="jobs that run at once")
-    parser.add_argument("--search-only", action="store_true", help="stop when the set is found")
-    options = parser.parse_args()
+    options_of = parser(HERE, __doc__)
+    options_of.add_argument("--search-only", action="store_true", help="stop when the set is found")
+    options = options_of.parse_args()
     quiet()
     scale = load_yaml(HERE / f"{options.scale}.yaml")
     if options.root:
@@ -192,22 +202,13 @@ def main() -> int:
         ranked = {rank: chosen_by(rank, key, scale, options, folder) for rank in scale["ranks"]}
         said = benchmarked("ranks", ranked, [{"FineTune": {"epochs": 1}}], scale, options, folder)
         others = {rank: said[rank]["retrained"] for rank in ranked}
-    made = checks(sets, search)
     print(table(sets))
     for rank, row in others.items():
         print(f"retrained, {rank:13}" + "".join(f"{shown(row.get(n)):>17}" for n in NUMBERS))
-    words = {True: "reproduced", False: "NOT reproduced", None: "cannot be told"}
-    for check in made:
-        print(f"{words[check['reproduced']]:>15}: {check['claim']} ({check['found']})")
-    out = HERE / f"results_{options.scale}.json"
-    content = {"scale": options.scale, "sets": sets, "ranks": others, "search": search, "checks": made}
-    out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {out}")
-    return 0
+    seeds = {"original": scale["seeds"], "retrained": scale["retrain_seeds"]}
+    return finish(options, findings_of(checks(sets, search)), sets["machine"], seeds, sets=sets, ranks=others,
+                  search=search)  # fmt: skip
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    leave(main)

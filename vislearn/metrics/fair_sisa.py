@@ -220,7 +220,7 @@ def threshold_optimizer(
     try:
         from fairlearn.postprocessing import ThresholdOptimizer
     except ImportError:
-        raise UserError("thresholds on scores need fairlearn; install it with: pip install fairlearn") from None
+        raise UserError("thresholds on scores need fairlearn; install it with: pip install 'vislearn[fair]'") from None
     from sklearn.base import BaseEstimator, ClassifierMixin
 
     class Given(ClassifierMixin, BaseEstimator):
@@ -239,6 +239,37 @@ def threshold_optimizer(
         prefit=True, predict_method="predict",
     )  # fmt: skip
     return chosen.fit(x, y, sensitive_features=_groups(group))
+
+
+def intervals(
+    probability: ArrayLike, label: ArrayLike, group: ArrayLike, repeats: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of "error" and "eo_gap_max", by drawing rows again within each group and label.
+
+    A gap is never negative, so that of a fair output is above 0 by chance: its interval says by how much.
+
+    Args:
+        probability: (n,) of output 1; of a plain prediction, the prediction.
+        label: (n,) 0 or 1.
+        group: (n,) 0 to G - 1.
+        repeats: draws.
+        seed: of the draws.
+    """
+    p, y, a = np.asarray(probability, dtype=np.float64), _binary(label, "label"), _groups(group)
+    generator, groups = np.random.default_rng(seed), int(a.max()) + 1
+    rates, wrong = np.zeros((repeats, groups, 2)), np.zeros(repeats)
+    for g in range(groups):
+        for which in (0, 1):
+            # equal probabilities are drawn together
+            value, count = np.unique(p[(a == g) & (y == which)], return_counts=True)
+            if len(value) == 0:
+                raise _unknown(g, which)
+            n = count.sum()
+            rates[:, g, which] = generator.multinomial(n, count / n, size=repeats) @ value / n
+            wrong += n * np.abs(which - rates[:, g, which])
+    drawn = {"error": wrong / len(p), "eo_gap_max": np.ptp(rates, axis=1).max(axis=1)}
+    ends = {name: np.quantile(values, (0.025, 0.975)) for name, values in drawn.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 def report(stages: Mapping[str, ArrayLike], label: ArrayLike, group: ArrayLike) -> dict[str, dict[str, Any]]:
@@ -263,6 +294,9 @@ def _groups(group: ArrayLike) -> Ints:
 def _known(count: Floats) -> None:
     empty = np.argwhere(count == 0)
     if len(empty):
-        g, y = empty[0]
-        advice = "take more calibration rows, or merge groups"
-        raise UserError(f"group {g} has no row with label {y}, so its rate is undefined; {advice}")
+        raise _unknown(*map(int, empty[0]))
+
+
+def _unknown(group: int, label: int) -> UserError:
+    advice = "take more calibration rows, or merge groups"
+    return UserError(f"group {group} has no row with label {label}, so its rate is undefined; {advice}")

@@ -41,13 +41,16 @@ def attack_shares(members: Tensor, non_members: Tensor, forget: Tensor, rows: in
             to forget included.
         non_members: (l,) errors of rows that were not.
         forget: (n,) errors of the forget set.
-        rows: rows of each set that are drawn, without replacement.
+        rows: rows of each set that are drawn, without replacement; of members and non-members equally many, as many as
+            the smaller set has: on unequal sides the machine calls everything what there is more of.
         seed: of the draw.
 
     Reference:
         Tarun, Chundawat, Mandal, Kankanhalli. Deep Regression Unlearning. ICML 2023. arXiv:2210.08196.
     """
-    sides = [errors[sample(len(errors), rows, seed + i)] for i, errors in enumerate((members, non_members, forget))]
+    each = min(rows, len(members), len(non_members))
+    drawn = enumerate(zip((members, non_members, forget), (each, each, rows), strict=True))
+    sides = [errors[sample(len(errors), size, seed + i)] for i, (errors, size) in drawn]
     attack = regression_attack(sides[0], sides[1], torch.cat(sides))
     if attack.called is None:
         return Shares(math.nan, math.nan, math.nan, attack.reason)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..folders import whole
 from . import bias, corrective, figures, lines, scatter
 from .graphs import KINDS
 from .sections import downloads, sections
@@ -45,14 +44,11 @@ def write_page(results: dict[str, Any], path: Path | str) -> None:
     """
     path = Path(path)
     page = render(results)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page, encoding="utf-8", errors="replace")
-        beside.replace(path)
+        with whole(path) as beside:
+            beside.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        with contextlib.suppress(OSError):  # what counts is why the page was not written
-            beside.unlink()
         raise UserError(
             f"cannot write the report page {path}: {error.strerror}; name a file in a folder you may write to"
         ) from error
@@ -60,12 +56,12 @@ def write_page(results: dict[str, Any], path: Path | str) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """The page as text."""
-    return str(_template().render(**context(results)))
+    return str(environment().get_template("page.html").render(**context(results)))
 
 
 @lru_cache(maxsize=1)
-def _template() -> Any:
-    """The compiled template, with the style sheet and the script in it."""
+def environment() -> Any:
+    """What the templates of this folder are compiled in, with the style sheet and the script."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -80,7 +76,7 @@ def _template() -> Any:
     made.globals |= {"dash": DASH, "keys": {kind: Markup(lines.key(kind)) for kind in (*KINDS, "guess")}}
     for name, file in (("style", "style.css"), ("script", "page.js")):
         made.globals[name] = Markup(source(file))
-    return made.get_template("page.html")
+    return made
 
 
 def context(results: dict[str, Any]) -> dict[str, Any]:
