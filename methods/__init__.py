@@ -30,6 +30,7 @@ from .neg_grad_plus import NegGradPlus
 from .npo import NPO
 from .ntk import NTKScrub
 from .potion import Potion
+from .private_training import PrivateTraining
 from .random_labels import RandomLabels
 from .retrain import Retrain
 from .rmu import RMU
@@ -79,6 +80,7 @@ __all__ = [
     "NTKScrub",
     "NegGradPlus",
     "Potion",
+    "PrivateTraining",
     "PruneFirst",
     "RandomLabels",
     "Retrain",

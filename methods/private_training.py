@@ -29,7 +29,8 @@ class PrivateTraining(UnlearningMethod):
         Sekhari, Acharya, Kamath, Suresh. Remember What You Want to Forget: Algorithms for Machine Unlearning. NeurIPS
         2021. arXiv:2103.03279 (private training as the unlearning that does nothing).
 
-    Departures: none.
+    Departures: the bound is the general one for groups of rows; an accountant that follows the group as a whole through
+    the batches would find a smaller one.
 
     Args:
         max_epsilon: refuse a forget set whose epsilon is above this: it calls for a private retraining; none by

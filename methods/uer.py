@@ -37,16 +37,16 @@ class UER(Replay):
     step of finite length adds by turning. Predictions take ordinary logits over the classes that were learned. Settings
     are those of the author's harness for other methods: one pass, ten rows of the stream and ten of the memory a step.
 
-    After a task is forgotten its rows are gone from the memory and its classes from the softmax of both terms, so later
-    learning leaves their weights as unlearning made them; no tensor of the state depends on its rows. Learned again, it
-    begins with new weights for its classes. `norm_revival` and `bias_diagnostics` read a model by norms and angles.
+    After a task is forgotten nothing of it is left in the memory, and its classes are in the softmax of neither term,
+    so without weight decay later learning leaves their weights as unlearning made them. Learned again, it begins with
+    new weights for its classes. `norm_revival` and `bias_diagnostics` read a model by norms and angles.
 
     Reference:
         Lin, Feng, Zhang, Qiao, Li, Ye. UER: A Heuristic Bias Addressing Approach for Online Continual Learning. ACM
         Multimedia 2023. arXiv:2309.04081.
 
-    Departures: the author published no code; the losses follow the abstract, the cosine layer, tau, the rates and the
-    reservoir the author's code for other methods (FelixHuiweiLin/PCR), and equal weights of the terms are ours. The
+    Departures: the author published no code. The losses follow the abstract; the cosine layer, tau and the rates are
+    those of the author's code for other methods (FelixHuiweiLin/PCR); equal weights of the terms are ours. The
     reservoir is exact (``reservoir="author"`` is theirs). Their augmentation is crops, flips and colours; here it is
     the data module's. A vector shorter than 1e-4 has cosine 0 and no gradient, where theirs would have one of 1e6.
 

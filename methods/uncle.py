@@ -54,8 +54,9 @@ class UnCLe(GradientStrategy):
     without a floor (`burn_in_schedule=chained`, `burn_in_floor=1`), learns a task again from its old embedding
     (`relearn=old_embedding`), and loses the generator when the only learned task is forgotten: here nothing is held
     then. The mean of n draws is drawn instead of n draws; the gradient has the same law, and what the spread within
-    them adds to the loss stands there with its expectation. Running statistics of a forgotten task are cleared. After a
-    loss that is not finite, or any other error, the model is what it was before the request.
+    them adds to the loss stands there with its expectation. Running statistics of batch normalisation, which the code
+    does not read, are taken by a pass over the rows of a task behind its last epoch, and cleared when it is forgotten.
+    After a loss that is not finite, or any other error, the model is what it was before the request.
 
     Args:
         beta: weight of the penalty while learning, 0 or more.
@@ -181,6 +182,8 @@ class UnCLe(GradientStrategy):
         self.held = Held(before, held, divisor, self.memory, self.tasks_per_step) if held and self.beta else None
         try:
             super().learn(model, data, task, trainer)
+            if any(True for _ in model.running.buffers()):
+                model.settle_statistics(task, data.loader("train", train=False, batch_size=self.batch_size))
         except BaseException:
             model.load_state_dict(before.state_dict())
             raise

@@ -112,6 +112,9 @@ def test_attacks_find_an_overfitted_task_and_say_when_they_say_nothing() -> None
     blind = m.membership_attacks(shadow, (flat, flat))
     assert blind.scores["confidence"] == 0.5
     assert "uniform" in blind.note
+    sure = m.membership_attacks(shadow, (rows(20.0, 20), rows(20.0, 21)))
+    assert sure.scores["confidence"] == 0.5
+    assert "every row gets the same answer from correctness, confidence" in sure.note
 
 
 def test_attacks_over_tasks_of_different_numbers_of_classes() -> None:

@@ -90,6 +90,25 @@ def test_every_task_has_its_statistics() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.running.named_buffers())
 
 
+def test_statistics_taken_anew() -> None:
+    """They are the mean over batches, whatever was there before, and make eval mode agree with training mode."""
+    model, x = generator().eval(), torch.randn(2, 16, 1, 6, 6) + 1
+    rows = [(one, torch.zeros(16)) for one in x]
+    model.train().task_outputs(5 * x[0], 1)
+    model.eval().settle_statistics(1, rows[:1])
+    first = copy.deepcopy(model.running.state_dict())
+    torch.testing.assert_close(model.task_outputs(x[0], 1), model.train().task_outputs(x[0], 1), rtol=0.05, atol=0.05)
+    model.eval().settle_statistics(1, rows[1:])
+    second = copy.deepcopy(model.running.state_dict())
+    model.settle_statistics(1, rows)
+    assert not model.training
+    for name, value in model.running.named_buffers():
+        if "num_batches" not in name:
+            torch.testing.assert_close(value[1], (first[name][1] + second[name][1]) / 2)
+            assert torch.equal(value[[0, 2]], generator().running.get_buffer(name)[[0, 2]])
+    assert {m.momentum for m in model._form[0].modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
 def test_statistics_of_the_batch() -> None:
     model, x = generator(statistics="batch").eval(), torch.randn(8, 1, 6, 6)
     assert not torch.allclose(model(x)[:4], model(x[:4]))

@@ -263,7 +263,7 @@ def test_a_killed_training_goes_on_with_the_same_account(tmp_path: Path, monkeyp
     ({"physical_batch_size": 0}, ["physical_batch_size"]),
     ({"low_resolution": [4]}, ["--model.low_resolution"]),
     ({"arch": "resnet8", "norm": "batch"}, ["not 'batch'", "--model.norm=group"]),
-    ({"arch": "resnet9"}, ["BatchNorm2d (conv1.bn)", "resnet20", "vit_tiny_cifar"]),
+    ({"arch": "wrn28_10"}, ["BatchNorm2d (layer1.0.bn1)", "resnet20", "vit_tiny_cifar"]),
 ])  # fmt: skip
 def test_wrong_arguments(given: dict[str, Any], words: list[str]) -> None:
     said = refusal(lambda: private(**given))

@@ -50,7 +50,9 @@ def test_findings_by_hand() -> None:
     checks = sweep.checks()
 
     def verdict(name: str, **of: list[dict]) -> bool | None:
-        found = sweep.Found({f"digits/a/{variant}": ones for variant, ones in of.items()}, ["L0", "L1", "U0", "L0", "L1"])
+        found = sweep.Found(
+            {f"digits/a/{variant}": ones for variant, ones in of.items()}, ["L0", "L1", "U0", "L0", "L1"]
+        )
         return checks[name](found)[0]
 
     for name in ("retains", "forgets", "uniform", "spills"):

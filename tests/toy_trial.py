@@ -19,6 +19,7 @@ def main() -> None:
     if point.get("silent"):
         return
     with open(os.environ["VISLEARN_METRICS_FILE"], "a") as file:
+        file.write(point.get("write", ""))
         for step in range(point.get("steps", 1)):
             if point.get("wait"):
                 time.sleep(point["wait"])

@@ -181,6 +181,7 @@ class CLI(LightningCLI):
 
     def start_loggers(self, model: Learner) -> None:
         """Every logger gets the resolved configuration, once and nested; W&B watches the weights when asked to."""
+        assert isinstance(self.trainer, Trainer)
         watch = self.config[self.subcommand].watch
         wandb_logging.begin(self.trainer, self.plain_config, model if watch else None)
 

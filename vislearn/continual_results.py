@@ -261,6 +261,6 @@ def warnings(
                             "later means little")  # fmt: skip
         for sentence in steps[i]["report"].get("warnings") or []:
             said.append(f"{stream.texts[i]}: {sentence}")
-    notes = {a["note"] for a in found["attacks"].values() if a.get("note")}
-    said += [f"membership attacks: {note}" for note in sorted(notes)]
+    notes = {f"task {t}: {a['note']}" for t, a in found["attacks"].items() if a.get("note")}
+    said += [f"membership attacks on {note}" for note in sorted(notes)]
     return list(dict.fromkeys(said))

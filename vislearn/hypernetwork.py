@@ -1,6 +1,7 @@
 """One generator for the networks of many tasks: `HyperClassifier`."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from .errors import UserError
 from .hypernetwork_layout import LAYOUTS, Layout, LayoutName
 from .learner import Learner, Reduction, check, full
+from .loader import batches
 from .networks import Network, Norm
 from .networks_uncle import build_target
 
@@ -30,13 +32,14 @@ class HyperClassifier(Learner):
 
     Outside of training the network of a task is generated once and kept until the generator changes, up to 512 MiB of
     networks. Batch normalisation keeps running statistics for every task; `reset_statistics` clears those of one.
+    Called on images alone in training mode, all networks see all rows, and so do their statistics; norm=group has none.
 
     Reference:
         von Oswald, Henning, Grewe, Sacramento. Continual learning with hypernetworks. ICLR 2020. arXiv:1906.00695.
         Adhikari, Kumaravelu, Srijith. An Unlearning Framework for Continual Learning. 2025. arXiv:2509.17530.
 
     Departures: `layout=by_layer` and `statistics=stored` are not UnCLe's code, whose forms are `release` and `batch`.
-    The generator always runs in full precision, because two of its outputs are subtracted from each other.
+    The generator never runs in mixed precision, because two of its outputs are subtracted from each other.
 
     Args:
         arch: the network of a task: `resnet6_uncle`, `resnet18_uncle` and `resnet50_uncle`, wired as in UnCLe's code,
@@ -252,6 +255,30 @@ class HyperClassifier(Learner):
         """Put the running statistics of a task back to those of a network that has seen nothing."""
         for name, buffer in self.running.named_buffers():
             buffer[task] = 1 if name.endswith("running_var") else 0
+
+    @torch.no_grad()
+    def settle_statistics(self, task: int, loader: Iterable[Any]) -> None:
+        """Take the running statistics of a task anew, as the mean over batches; modules keep their flags.
+
+        Those of the training lag behind: a step moves every weight of a generated network. Batches that are shorter
+        than the first are left out, because each counts the same.
+        """
+        norms = [m for m in self._form[0].modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before, mode = [m.momentum for m in norms], self.training
+        self.reset_statistics(task)
+        self.train()
+        try:
+            for norm in norms:
+                norm.momentum = None  # each batch counts the same
+            size = 0
+            for x, _ in batches(loader, self.embeddings.device):
+                if len(x) >= size:
+                    self.task_outputs(x, task)
+                    size = len(x)
+        finally:
+            for norm, momentum in zip(norms, before, strict=True):
+                norm.momentum = momentum
+            self.train(mode)
 
     def train(self, mode: bool = True) -> "HyperClassifier":
         self._generated.clear()

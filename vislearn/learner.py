@@ -226,6 +226,9 @@ class Learner(LightningModule, ABC):
         """What rebuilds this learner, without weights: see `from_spec`. Plain data, as JSON holds it."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.init_args}
 
+    def restore(self, spec: Mapping[str, Any]) -> None:
+        """Take up what training left beside the weights, which are loaded: `spec` is the one stored with them."""
+
     def fresh(self) -> Self:
         """The same constructor arguments, new weights (those of a public pretrained backbone are the same again)."""
         return type(self)(**self.init_args)

@@ -17,7 +17,7 @@ A laboratory bench for machine unlearning: does the unlearned model behave as if
   hardest     the forget set that leaves the least trace, by a search or a ranking, as a file of row numbers
   reproduce   the findings of papers asked again, at three sizes: the list of what came out, or one of them
   methods     what every unlearning method reads, serves and costs, as a table
-  sisa        plan, fit, delete, retrain, status, predict, verify: an ensemble that forgets rows exactly
+  sisa        plan, fit, delete, retrain, status, predict, fair, verify: an ensemble that forgets rows exactly
   classical   scikit-learn estimators that forget rows, against refitting
   sweep       a W&B sweep file on this machine: seeded, resumable, without an account; --lint checks it
   store       ls, show, verify, explain, gc over the stored models

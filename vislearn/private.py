@@ -254,6 +254,7 @@ class PrivateClassifier(Classifier):
 
     def on_train_end(self) -> None:
         self.release()
+        self.factor = None  # it holds on to this learner, and copies of it would too
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rows, rate, _ = self.mechanism(data)
         epsilon, accountant = spent(self.accountant.history, self.delta)
@@ -337,7 +338,7 @@ def refuse_wrong_gradients(learner: PrivateClassifier, shape: torch.Size) -> Non
         shape: that of a row.
     """
     network, arch = learner.network, learner.arch
-    x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)).to(learner.device)
+    x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)).to(next(network.parameters()))
     y = (torch.arange(3) % (learner.num_classes or 1)).to(learner.device)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     dropping = [m for m in network.modules() if m.training and "drop" in type(m).__name__.lower()]

@@ -145,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     out = Parser(
         prog="vislearn reproduce", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="vislearn reproduce [PAPER [options of its script]]   or   vislearn reproduce --table | --update FILE",
-        description="Asks the findings of papers again, at three sizes: smoke takes about a minute on two cores and\n"
-                    "shows that everything runs, cpu less than an hour or a few, paper is the paper's own setting.\n"
+        description="Asks the findings of papers again, at three sizes: smoke takes minutes on two cores and shows\n"
+                    "that everything runs, cpu takes an hour or a few, paper is the setting of the paper, for a GPU.\n"
                     "Without a paper: what there is, and what was found.",
         epilog="examples:\n  vislearn reproduce\n  vislearn reproduce ssd --scale smoke\n"
                "  vislearn reproduce ssd --help\n  vislearn reproduce --update README.md\n"

@@ -341,6 +341,7 @@ def load_learner(artifact: Artifact) -> Learner:
     """Rebuild a stored model; runs no code of the artifact."""
     learner = from_spec(artifact.meta["learner"])
     load_model(learner, str(artifact.weights))
+    learner.restore(artifact.meta["learner"])
     return learner
 
 
@@ -354,6 +355,7 @@ def original_model(
     if isinstance(source, Artifact):
         check_ledger(source, data)
         load_model(model, str(source.weights))
+        model.restore(source.meta["learner"])
     else:
         load_weights(source, model)
     return model, source

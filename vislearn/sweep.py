@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -307,11 +308,11 @@ def engine() -> Any:
         try:
             # all of it: what is imported later draws from the generators that were just seeded, and a mere folder of
             # that name has none of these
-            import sweeps
-            from sweeps import bayes_search, grid_search, hyperband_stopping, random_search  # noqa: F401
+            for part in ("bayes_search", "grid_search", "hyperband_stopping", "random_search"):
+                import_module(f"sweeps.{part}")
+            return import_module("sweeps")
         except ImportError as error:
             raise UserError(f"a sweep needs W&B's engine, the package sweeps ({error}): {INSTALL}") from None
-    return sweeps
 
 
 @contextmanager

@@ -139,9 +139,11 @@ class Sweep:
             METRICS: str(self.numbers(trial).absolute()),
             # as W&B's agent sets them, but no sweep's id: W&B knows no sweep of that name, so it is a group of runs
             "WANDB_SWEEP_PARAM_PATH": str(folder / "parameters.yaml"), "WANDB_RUN_ID": trial.run,
-            "WANDB_RUN_GROUP": f"sweep-{self.id}",
+            "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", f"sweep-{self.id}"),
         }  # fmt: skip
-        environment |= {f"WANDB_{key.upper()}": self.config[key] for key in ("project", "entity") if key in self.config}
+        for key in ("project", "entity"):
+            if key in self.config:
+                environment[f"WANDB_{key.upper()}"] = str(self.config[key])
         if own_verb(words) is None:  # workers find this program's packages there: not for others
             environment["PYTHONPATH"] = os.environ.get("PYTHONPATH")
         described = {"words": words, "environment": environment, "alone": self.alone(words)}
@@ -153,7 +155,7 @@ class Sweep:
         """Whether a trial needs a fresh process: another program, one with a W&B run, one that starts further ones."""
         if own_verb(words) is None or self.options.gpus_per_job > 1:
             return True
-        files = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+        files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json")) and Path(word).is_file()]
         return any(OWN_PROCESS.search(text) for text in (*words, *(f.read_text(errors="replace") for f in files)))
 
     def handle(self, event: Event, pool: TrialPool) -> None:
@@ -165,7 +167,7 @@ class Sweep:
         self.read(trial)
         trial.artifact = stored(self.folder(trial) / "log.txt")
         trial.seconds = event.seconds or time.monotonic() - begun
-        trial.error = event.error or self.missing(trial)
+        trial.error = event.error or trial.error or self.missing(trial)
         self.end(trial, "failed" if trial.error else "finished")
 
     def missing(self, trial: Trial) -> str:
@@ -211,8 +213,12 @@ class Sweep:
             self.end(trial, "stopped")
 
     def read(self, trial: Trial) -> None:
-        """Bring the metric and its history up to what a trial has written."""
-        values = [line[self.metric] for line in lines_of(self.numbers(trial)) if self.metric in line]
+        """Bring the metric and its history up to what a trial has written; what cannot be read is its error."""
+        try:
+            values = [line[self.metric] for line in lines_of(self.numbers(trial)) if self.metric in line]
+        except UserError as fault:
+            trial.error = str(fault)
+            return
         trial.history = [float(value) for value in values if is_number(value)]
         # the last word counts: a model that diverged has no good value
         trial.metric = trial.history[-1] if values and is_number(values[-1]) else None
@@ -310,10 +316,10 @@ def _main(argv: Sequence[str]) -> int:
     except Timeout:
         raise UserError(f"another process is at work in {options.out}; wait for it, or name another --out") from None
     except OSError as error:
-        fault = storage_fault(error, Path(options.out))
-        if fault is None:
+        reason = storage_fault(error, Path(options.out))
+        if reason is None:
             raise
-        raise UserError(f"{fault}: {options.out}; name another folder, --out=DIR") from error
+        raise UserError(f"{reason}: {options.out}; name another folder, --out=DIR") from error
 
 
 def _run(sweep: Sweep, command: Sequence[str]) -> int:

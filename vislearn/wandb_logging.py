@@ -151,7 +151,7 @@ class TrainingCurves(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor):
             self.losses.append(loss.detach())
-            if self.step % trainer.log_every_n_steps == 0:
+            if self.step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined] # Lightning sets it, unannounced
                 self._log(trainer, {"train/step_loss": float(loss)})
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +213,7 @@ def _evaluated(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
         logger.finalize("success")
 
 
-def headline(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def headline(results: Mapping[str, Any]) -> tuple[list[str | int], list[list[Any]]]:
     """The headline table of one rule as columns and rows of numbers, in printed units."""
     from .report.table import columns, filled, rows
 

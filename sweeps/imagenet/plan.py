@@ -4,8 +4,8 @@
     python sweeps/imagenet/plan.py reckon --gpu a100 --price 2
 
 `measure` makes an ImageFolder of JPEGs, streams it from its files through `fit`, `unlearn` with SSD and `evaluate`, and
-times how fast images are decoded and the model takes them. All verbs run for a third of the images too: what memory
-takes beyond a fixed amount is what grows with their number. `reckon` turns the rates into hours and money for
+times how fast images are decoded and the model takes them. All verbs run for a third of the images too, so that memory
+that grows with their number shows. `reckon` turns the rates into hours and money for
 ImageNet-1K; what it assumes it prints.
 """
 
@@ -183,11 +183,6 @@ def measure(folder: Path, images: int, arch: str, workers: int, json_file: Path)
     keep("photos_per_core", photos(folder / "photos"))
     keep("model", model_speed(arch))
     keep("chains", [chain(folder, n, arch, workers) for n in (images // 3, images)])
-    small, large = found["chains"]
-    keep("bytes_per_image", {
-        name: 2**20 * (large[name]["peak_mb"] - small[name]["peak_mb"]) / (large["images"] - small["images"])
-        for name in ("fit", "unlearn", "evaluate")
-    })  # fmt: skip
 
 
 # what is reckoned
@@ -255,11 +250,11 @@ def reckon(args: argparse.Namespace) -> None:
             print(f"| {work.name} | {seconds / 60:,.1f} | {seconds / 3600 * args.gpus * args.price:,.2f} | {bound} |")
         print()
     outputs = (TRAIN + TEST) * OUTPUTS * 4 / 1e9
-    grown = max(found["bytes_per_image"].values())
     print(f"outputs that are stored with every model: {outputs:.1f} GB; an audit holds those of the original, the "
           "unlearned and every retrained model at once")  # fmt: skip
-    print(f"memory that grows with the number of images, measured: {grown:,.0f} bytes per image, so "
-          f"{grown * ROWS / 1e9:.1f} GB for all, in each process")  # fmt: skip
+    for chain in found["chains"]:
+        peaks = ", ".join(f"{name} {chain[name]['peak_mb']:,.0f}" for name in ("fit", "unlearn", "evaluate"))
+        print(f"measured: largest process at {chain['images']:,} images, in MB: {peaks}")
     print(f"files to be read once for the fingerprint of the data: {ROWS * BYTES / 1e9:.0f} GB")
     fed = gpu.rates["resnet50"][0] * gpu.scaling / (found["photos_per_core"] * args.core_speed)
     print(f"cores that keep one GPU busy that trains a ResNet-50: {fed:.0f}")

@@ -66,16 +66,19 @@ def competitive(runs: Runs) -> Verdict:
 
 def collapse(runs: Runs) -> Verdict:
     """Counts models, one a class and seed."""
-    clean = collapsed = models = 0
+    clean = collapsed = gone = models = 0
     for rule in runs["classes"]:
         before, after = rule.values("original", KEPT), rule.values("SSD", KEPT)
         for b, a, forgotten in zip(before, after, rule.values("SSD", FORGET), strict=False):
             models += 1
+            gone += forgotten <= CLEAN
             clean += forgotten <= CLEAN and b - a <= LOST
             collapsed += b - a > COLLAPSED
     if not models:
         return None, "SSD has not run"
-    return 2 * clean > models and collapsed > 0, f"of {models} models {clean} clean, {collapsed} collapsed"
+    return 2 * clean > models and collapsed > 0, (
+        f"of {models} models {clean} clean, {collapsed} collapsed; {models - gone} still know the class"
+    )
 
 
 def random(runs: Runs) -> Verdict:

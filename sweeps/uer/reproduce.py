@@ -205,11 +205,6 @@ def apart(found: Mapping[str, Numbers], one: str, other: str, key: str = "final"
     return paired(found[one][key], found[other][key])
 
 
-def best(found: Mapping[str, Numbers], name: str) -> str:
-    """A variant with the prediction that suits it best."""
-    return max((name, f"{name}, cosine prediction"), key=lambda n: sum(found[n]["final"]))
-
-
 def above(found: Mapping[str, Numbers], one: str, least: float) -> Verdict:
     gap = apart(found, one, "UER")
     enough = None if gap is None or gap[1] is None else gap[0] >= least
@@ -253,11 +248,10 @@ def newest(found: Mapping[str, Numbers]) -> Verdict:
 def numbers(found: Mapping[str, Numbers], theirs: Mapping[str, Any], n: int) -> Verdict:
     said, each = [], []
     for name, (mean, sd) in theirs.items():
-        title = name if name in ("UER", "plain replay") or name.startswith("UER,") else best(found, name)
-        values = found[title]["final"]
+        values = found[name]["final"]
         ours = interval(values)
         said.append(cell(ours, values, {"mean": mean, "sd": sd}, n))
-        each.append(f"{title} {shown(ours)} ({mean:g}: {said[-1]})")
+        each.append(f"{name} {shown(ours)} ({mean:g}: {said[-1]})")
     told, counted = of_cells(said)
     return told, f"{counted}; {'; '.join(each)}"
 

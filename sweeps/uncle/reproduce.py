@@ -32,7 +32,7 @@ PLAIN: dict[str, Any] = {"val_fraction": 0.0, "augment": False}
 FIVE = ("svhn", "mnist", "kmnist", "notmnist", "fashion_mnist")
 # name -> (folder of the data, seed) -> the stream; permutations and classes depend on the seed of the run, as released
 DATA: dict[str, Callable[[Path, int], TaskStream]] = {
-    "permuted_digits": lambda root, seed: Joined([Permuted(Digits(), 5, seed)], image_size=16, **PLAIN),
+    "permuted_digits": lambda root, seed: Permuted(Digits(), 5, seed, **PLAIN),
     "split_cifar10": lambda root, seed: SplitClasses(CIFAR10(root), 5, **PLAIN),
     "permuted_mnist": lambda root, seed: Joined([Permuted(ImageFolder(root / "mnist", 28), 10, seed)], 64, **PLAIN),
     "five": lambda root, seed: Joined([ImageFolder(root / name) for name in FIVE], 64, **PLAIN),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..stream_requests import Request, standings
 from .distance import js
-from .membership import Rows, svc_attack, training_privacy
+from .membership import Rows, svc_attack
 from .signals import FEATURES
 
+UNIFORM = 0.99  # `uni_js` above which attacks on outputs say nothing
 FLOOR = 1e-300  # probabilities of exactly 0 count as this in `uni_release`
 ATTACKED = ("correctness", "confidence", "entropy", "probabilities")
 
@@ -207,15 +208,33 @@ def membership_attacks(shadow: tuple[Rows, Rows], target: tuple[Rows, Rows]) -> 
     width = max(outputs.shape[1] for outputs, _ in (*shadow, *target))
     fitted, asked = ([(_wide(o, width), y) for o, y in pair] for pair in (shadow, target))
     scores: dict[str, float | None] = {}
+    blind = []
     for name in ATTACKED:
-        feature = FEATURES[name]
-        known, unknown = (tuple(feature(*rows) for rows in pair) for pair in (fitted, asked))
-        value = training_privacy(known, unknown, svc_attack)  # type: ignore[arg-type] # pairs
-        scores[name] = None if math.isnan(value) else value
-    flat = min(uni_js(outputs) for outputs, _ in target) > 0.99
-    note = ("the outputs on this task are all but uniform: every attack on outputs is at one half, whatever the "
-            "weights still hold") if flat else ""  # fmt: skip
-    return Attacks(scores, note)
+        sides = [FEATURES[name](*rows) for rows in (*fitted, *asked)]
+        scores[name], same = attack((sides[0], sides[1]), (sides[2], sides[3]))
+        blind += [name] if same else []
+    if min(uni_js(outputs) for outputs, _ in target) > UNIFORM:
+        return Attacks(scores, "the outputs on this task are all but uniform: every attack on outputs is at one half, "
+                               "whatever the weights still hold")  # fmt: skip
+    return Attacks(scores, f"every row gets the same answer from {', '.join(blind)}, which is one half whatever the "
+                           "rows are" if blind else "")  # fmt: skip
+
+
+def attack(fitted: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor]) -> tuple[float | None, bool]:
+    """Mean of the members found and the non-members found by an RBF machine on one feature.
+
+    Args:
+        fitted: feature (n,) or (n, d) of members and of non-members that it is fitted on.
+        asked: the same that it is asked about.
+
+    Returns:
+        The score, None where the feature is the same on every row; and whether all rows got the same answer.
+    """
+    called = svc_attack(*fitted, torch.cat(asked)).called
+    if called is None:
+        return None, False
+    found, wrong = called[: len(asked[0])].double().mean(), called[len(asked[0]) :].double().mean()
+    return ((found + 1 - wrong) / 2).item(), bool(called.all() or not called.any())
 
 
 def _wide(outputs: Tensor, width: int) -> Tensor:
