@@ -54,6 +54,7 @@ class JiT(GradientMethod):
     """
 
     needs = frozenset({"forget"})
+    sums_rows = True
     labels = False
     grades = frozenset(GRADES) - {"zeroth", "hybrid"}  # differences of losses would move the noisy outputs too
 

@@ -57,6 +57,7 @@ class UNSIR(UnlearningMethod):
     """
 
     supports = Classifier
+    alone = "it mixes noise with rows in an order of its own"
     needs = frozenset({"retain"})
     scenarios = frozenset({"class", "subclass"})
 

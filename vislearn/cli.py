@@ -249,7 +249,7 @@ def quiet() -> None:
                  ".*LightningCLI's args parameter.*", ".*GPU available but not used.*", ".*lr_scheduler.step.*",
                  ".*smaller than the logging interval.*", ".*is not a valid.*batch size.*", ".*Trying to infer.*",
                  ".*isinstance.*LeafSpec.*", ".*Checkpoint directory.*", ".*val_dataloader.*",
-                 ".*sync_dist=True.*", "Grad strides do not match"):  # fmt: skip
+                 "Grad strides do not match"):  # fmt: skip
         warnings.filterwarnings("ignore", text)
 
 

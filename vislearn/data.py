@@ -62,7 +62,7 @@ class ForgetDataModule(LightningDataModule, ABC):
         indices: row numbers of each set, after `setup`; a set that does not exist or is empty is absent, except "val".
 
     Args:
-        batch_size: rows per batch.
+        batch_size: rows per batch, of all devices together.
         num_workers: processes that decode image files; data sets held in memory need none.
         val_fraction: share of the official training split that is kept for validation; 0 for none.
         split_seed: seed of the validation split.

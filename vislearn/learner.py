@@ -156,7 +156,8 @@ class Learner(LightningModule, ABC):
         if loss.device.type == "cpu" or batch_idx % CHECK_EVERY == 0:
             self.check_finite(loss)
         self.last_loss = loss.detach()
-        self.log("train/loss", self.last_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
+        self.log("train/loss", self.last_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y),
+                 sync_dist=True)  # fmt: skip
         return loss
 
     def check_finite(self, loss: Tensor) -> None:

@@ -33,12 +33,18 @@ def percent(entry: dict[str, Any], key: str) -> str:
     return f"{sum(values) / len(values):.1f}" if values else "–"
 
 
+def bounds(value: dict[str, Any]) -> str:
+    """A mean with its interval, where there are enough models for one."""
+    ends = "" if value["low"] is None else f" [{value['low']:.1f}, {value['high']:.1f}]"
+    return f"{value['mean']:.1f}{ends}"
+
+
 def table(rule: dict[str, Any]) -> list[str]:
     split = "test_retain/accuracy" in rule["models"]["original"]["metrics"]
     keys = [k for k in COLUMNS if k != ("test/accuracy" if split else "test_retain/accuracy")]
     lines = [
         f"**To forget: {rule['title']}.** Floor of the mean gap, retrained against retrained: "
-        f"{rule['floor']['mean']:.1f} [{rule['floor']['low']:.1f}, {rule['floor']['high']:.1f}].", "",
+        f"{bounds(rule['floor'])}.", "",
         f"| | settings | mean gap | {' | '.join(COLUMNS[k] for k in keys)} | seconds |", "|---" * (len(keys) + 4) + "|",
     ]  # fmt: skip
     for name in ("original", "retrained"):
@@ -47,8 +53,7 @@ def table(rule: dict[str, Any]) -> list[str]:
         gap, seconds = m["gap"], m["metrics"]["time/unlearn"]
         name = f"`{m['name']}`" + "".join(f" *{flag.split(':')[0]}*" for flag in m["flags"])
         numbers = " | ".join(percent(m, k) for k in keys)
-        interval = f"{gap['mean']:.1f} [{gap['low']:.1f}, {gap['high']:.1f}]"
-        lines.append(f"| {name} | {m['settings']} | {interval} | {numbers} | {sum(seconds) / len(seconds):.2f} |")
+        lines.append(f"| {name} | {m['settings']} | {bounds(gap)} | {numbers} | {sum(seconds) / len(seconds):.2f} |")
     rest = [f"`{m['name']}`, {m['status']}: {m['error']}" for m in rule["methods"] if m["status"] != "done"]
     return [*lines, "", *(line for text in rest for line in (text, ""))]
 
