@@ -23,9 +23,13 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
         | {"methods": [{k: m[k] for k in KEPT if k in m} | {"gap": m["gap"].get("mean")} for m in rule["methods"]]}
         for rule in results["rules"]
     ]
-    return {k: results[k] for k in ("created", "command", "machine", "recipe", "failures")} | {
-        "rules": rules
-    }
+    recipe = results["recipe"]
+    data = recipe["data"]
+    if "root" in data["init_args"]:  # where the data were says nothing of the numbers
+        data = data | {"init_args": data["init_args"] | {"root": "DIR"}}
+    return {k: results[k] for k in ("created", "machine", "failures")} | {
+        "recipe": recipe | {"data": data}, "rules": rules
+    }  # fmt: skip
 
 
 def percent(entry: dict[str, Any], key: str) -> str:
