@@ -120,10 +120,11 @@ def test_a_value_without_a_plain_form_is_named():
         recipe(config(model={"loss": object()}))
 
 
-def test_yaml_reads_a_float_without_a_dot(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: {lr: 1e-05, x: 3, y: 1.5, z: .5e3, name: 1e, none: null}\n")
+def test_yaml_reads_a_float_without_a_dot_and_leaves_a_date_as_it_is(tmp_path):
+    text = "model: {lr: 1e-05, x: 3, y: 1.5, z: .5e3, name: 1e, none: null, day: 2016-12-01}\n"
+    (tmp_path / "c.yaml").write_text(text)
     assert load_yaml(tmp_path / "c.yaml")["model"] == {
-        "lr": 1e-05, "x": 3, "y": 1.5, "z": 500.0, "name": "1e", "none": None,
+        "lr": 1e-05, "x": 3, "y": 1.5, "z": 500.0, "name": "1e", "none": None, "day": "2016-12-01",
     }  # fmt: skip
     (tmp_path / "bad.yaml").write_text("a: !!python/object/apply:os.system [echo]\n")
     with pytest.raises(UserError, match="not valid YAML"):

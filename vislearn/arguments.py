@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .errors import UserError
-from .recipe import load_yaml
+from .recipe import as_typed, load_yaml
 from .store import Store
 
 # where a configuration names a class, by the flag that chooses it
@@ -51,7 +51,7 @@ def read_config(name: str) -> dict[str, Any]:
     if not inline and not path.is_file():
         raise UserError(f"no configuration file {name}; give an existing one, -c recipe.yaml")
     try:
-        content = yaml.safe_load(name) if inline else load_yaml(path)
+        content = as_typed(name) if inline else load_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

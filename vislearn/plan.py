@@ -12,7 +12,7 @@ import yaml
 from .errors import UserError
 from .grid import expand
 from .measure import TIERS, Tier
-from .recipe import load_yaml
+from .recipe import as_typed, load_yaml
 
 PAPER, TUNED = "paper default", "tuned"
 
@@ -48,7 +48,7 @@ def read_plan(file: str | None) -> Plan:
         raise UserError(f"no benchmark file '{file}'; shipped ones are {', '.join(known)}"
                         + (f" (did you mean '{near[0]}'?)" if near else ""))  # fmt: skip
     try:
-        content = yaml.safe_load(path.read_text())
+        content = as_typed(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     allowed = list(Plan.__dataclass_fields__)

@@ -198,11 +198,11 @@ def _flat(value: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return leaves
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a configuration as the command line does: no tags, and 1e-05 is a number.
+def as_typed(text: str) -> Any:
+    """YAML read as the command line reads values: no tags, 1e-05 is a number, and a date stays the text that it is.
 
     Raises:
-        UserError: not YAML, or not a mapping.
+        yaml.YAMLError: not YAML.
     """
     import yaml
 
@@ -211,10 +211,24 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
     # YAML 1.1 takes a float without a dot for a string
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-    Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    Loader.yaml_implicit_resolvers = {
+        k: [(tag, pattern) for tag, pattern in v if tag != "tag:yaml.org,2002:timestamp"]
+        for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return yaml.load(text, Loader)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file; see `as_typed`.
+
+    Raises:
+        UserError: not YAML, or not a mapping.
+    """
+    import yaml
+
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        value = as_typed(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
