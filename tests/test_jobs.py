@@ -184,12 +184,15 @@ def test_devices_are_dealt_out(store, monkeypatch):
     assert sorted(outcome.log.read_text().split()[-1] for outcome in outcomes) == ["4", "7"]
 
 
+PATIENCE = 60.0  # longer than a busy machine takes: a worker that had to be waited for shows
 SCRIPT = """
     import sys
     sys.path.insert(0, sys.argv[2])
-    from test_jobs import job, name
+    from test_jobs import PATIENCE, job, name
+    from vislearn import workers
     from vislearn.jobs import run_all
     from vislearn.store import Store
+    workers.PATIENCE = PATIENCE
     store = Store(sys.argv[1])
     what = sys.argv[3]
     try:
@@ -234,8 +237,8 @@ def test_interrupt_stops_cleanly_and_the_same_command_goes_on(store):
     wait_until(lambda: both_started(store))
     script.send_signal(signal.SIGINT)
     start = time.monotonic()
-    _, err = script.communicate(timeout=15)
-    assert time.monotonic() - start < workers.PATIENCE
+    _, err = script.communicate(timeout=90)
+    assert time.monotonic() - start < PATIENCE
     assert script.returncode == 130
     assert "stopped with 1 of 2 models stored; the same command goes on from here" in err
     assert "Traceback" not in err
