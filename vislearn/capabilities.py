@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vislearn.arguments import Parser
 from vislearn.errors import UserError
+from vislearn.marked import replaced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -176,11 +177,7 @@ def updated(text: str, table: str) -> str:
     Raises:
         UserError: the comments are missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"there is no place for the table: put {START} and {END} where it belongs")
-    return f"{before}{START}\n{table}\n{END}{after}"
+    return replaced(text, START, END, table)
 
 
 def print_table(rows: Sequence[Capability], console: Console | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vislearn.arguments import Parser
 from vislearn.errors import UserError
+from vislearn.marked import replaced
 from vislearn.reproduction import SCALES, VERDICTS, counted
 
 START, END = "<!-- reproductions -->", "<!-- /reproductions -->"
@@ -124,11 +125,7 @@ def updated(text: str, content: str) -> str:
     Raises:
         UserError: the comments are missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"there is no place for the table: put {START} and {END} where it belongs")
-    return f"{before}{START}\n{content}\n{END}{after}"
+    return replaced(text, START, END, content)
 
 
 def run(folder: Path, name: str, argv: Sequence[str]) -> int:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vislearn.marked import replaced
+
 HERE = Path(__file__).parent
 COLUMNS = {"forget/accuracy": "D_f", "retain/accuracy": "D_r", "test_retain/accuracy": "test (kept)",
            "test/accuracy": "test", "forget/mia_entropy": "MIA"}  # fmt: skip
@@ -65,12 +67,9 @@ def table(rule: dict[str, Any]) -> list[str]:
 def main(file: Path, name: str) -> None:
     results = kept(json.loads(file.read_text()))
     (HERE / f"{name}.json").write_text(json.dumps(results, separators=(",", ":")) + "\n")
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, after = (HERE / "README.md").read_text().partition(begin)
-    if not found:
-        sys.exit(f"error: README.md has no line {begin}")
-    body = "\n".join(line for rule in results["rules"] for line in table(rule))
-    (HERE / "README.md").write_text(f"{before}{begin}\n{body}{end}{after.partition(end)[2]}")
+    body = "\n".join(line for rule in results["rules"] for line in table(rule)).removesuffix("\n")
+    readme = HERE / "README.md"
+    readme.write_text(replaced(readme.read_text(), f"<!-- {name} -->", f"<!-- /{name} -->", body))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.g
 
 from vislearn import reproduction, runs  # noqa: E402
 from vislearn.benchmark import Resolver, with_rule  # noqa: E402
+from vislearn.marked import replaced  # noqa: E402
 from vislearn.metrics.gap import interval  # noqa: E402
 from vislearn.metrics.regression import anamnesis_index  # noqa: E402
 from vislearn.reproduction import (  # noqa: E402
@@ -152,11 +153,8 @@ def findings_of(parts: Sequence[dict[str, Any]], known: dict[str, Any]) -> list[
 
 def written(scale: str, lines: Sequence[str]) -> None:
     """Put the tables of a scale into the README."""
-    readme, begin, end = HERE / "README.md", f"<!-- {scale} -->", f"<!-- /{scale} -->"
-    before, found, after = readme.read_text().partition(begin)
-    if not found:
-        sys.exit(f"error: {readme} has no line {begin}")
-    readme.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"{end}{after.partition(end)[2]}")
+    readme, body = HERE / "README.md", "\n".join(lines).removesuffix("\n")
+    readme.write_text(replaced(readme.read_text(), f"<!-- {scale} -->", f"<!-- /{scale} -->", body))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
