@@ -21,11 +21,14 @@ class Windows(Memory):
         starts: (n,) first steps of the windows.
         length: steps of a window.
         flat: give (b, length * c), the steps one after the other, and not (b, length, c).
+        from_last: give every step less the window's last one.
     """
 
-    def __init__(self, series: Tensor, starts: Tensor, length: int, flat: bool = False) -> None:
+    def __init__(
+        self, series: Tensor, starts: Tensor, length: int, flat: bool = False, from_last: bool = False
+    ) -> None:
         super().__init__(series)
-        self.starts, self.length, self.flat = starts, length, flat
+        self.starts, self.length, self.flat, self.from_last = starts, length, flat, from_last
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -36,14 +39,17 @@ class Windows(Memory):
             self.length, device=device
         )
         rows = self.rows[steps]
+        if self.from_last:
+            rows = rows - rows[:, -1:]
         return rows.flatten(1) if self.flat else rows
 
     def digest(self) -> str:
-        self._sha256 = self._sha256 or sha256(self.rows, self.starts, torch.tensor([self.length, self.flat]))
+        shape = [self.length, self.flat] + [1] * self.from_last
+        self._sha256 = self._sha256 or sha256(self.rows, self.starts, torch.tensor(shape))
         return self._sha256
 
     def to(self, device: torch.device | str) -> "Windows":
-        return Windows(self.rows.to(device), self.starts, self.length, self.flat)
+        return Windows(self.rows.to(device), self.starts, self.length, self.flat, self.from_last)
 
 
 class Series(ForgetDataModule):
@@ -72,6 +78,9 @@ class Series(ForgetDataModule):
         flat: rows are vectors (window * columns), for networks of tables.
         scale_target: give the target in standard deviations from the mean of the training span, like the inputs; false
             gives it in the units of the file, in which BandForget then counts.
+        from_last: forecast the change: windows are given less their last step, and the target less the value that its
+            column has there. For series whose level drifts from the training span to the test span (NLinear of Zeng et
+            al., arXiv:2205.13504, does so inside the network); errors are the same in either form.
         test_fraction: share of the moments, the last ones, that is the test span.
         **kwargs: see :class:`ForgetDataModule`; rows that `train_rows` draws are windows.
     """
@@ -90,6 +99,7 @@ class Series(ForgetDataModule):
         stride: int = 1,
         flat: bool = False,
         scale_target: bool = True,
+        from_last: bool = False,
         test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +110,7 @@ class Series(ForgetDataModule):
         if not 0 < test_fraction < 1:
             raise UserError(f"test_fraction must lie between 0 and 1, not {test_fraction:g} (--data.test_fraction=0.2)")
         self.window, self.steps_ahead, self.stride, self.flat = window, steps_ahead, stride, flat
+        self.from_last = from_last
         self.form = "table" if flat else "series"
         where = self._find(Path(file))
         columns = read_columns(where)
@@ -122,14 +133,15 @@ class Series(ForgetDataModule):
                     f"the {part} span of {where} has no room for a window of {window} steps and a target {steps_ahead} "
                     "ahead; take a shorter --data.window or other fractions (--data.test_fraction, --data.val_fraction)"
                 )
-        ends = {split: starts + window - 1 + steps_ahead for split, starts in self._starts.items()}
-        self._labels = {
-            split: Labels(torch.from_numpy(y)[end], spans=torch.stack([times[self._starts[split]], times[end]], 1))
-            for split, end in ends.items()
-        }
+        self._labels = {}
+        for split, starts in self._starts.items():
+            last = starts + window - 1
+            end = last + steps_ahead
+            targets = torch.from_numpy(y)[end] - (torch.from_numpy(y)[last] if from_last else 0)
+            self._labels[split] = Labels(targets, spans=torch.stack([times[starts], times[end]], 1))
 
     def source(self, train: bool) -> Windows:
-        return Windows(self._series, self._starts[train], self.window, self.flat)
+        return Windows(self._series, self._starts[train], self.window, self.flat, self.from_last)
 
     def labels(self, train: bool) -> Labels:
         return self._labels[train]
@@ -170,7 +182,7 @@ class ETTh1(Series):
             searched next.
         target: the column to forecast: HUFL, HULL, MUFL, MULL, LUFL, LULL, or OT, the oil temperature.
         val_fraction: share of the first 16 months that is kept for validation, at their end; 0.25 is the paper's.
-        **kwargs: see :class:`Series` (inputs, window, steps_ahead, stride, flat, scale_target).
+        **kwargs: see :class:`Series` (inputs, window, steps_ahead, stride, flat, scale_target, from_last).
     """
 
     hours = 24 * 30  # of a month in the paper

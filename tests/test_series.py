@@ -55,6 +55,18 @@ def test_a_window_and_its_target(file: Path) -> None:
     assert np.allclose(scaled[10], (16 - mean) / std)
 
 
+def test_windows_and_targets_from_the_last_step(file: Path) -> None:
+    options = {"window": 4, "steps_ahead": 3, "scale_target": False, "val_fraction": 0}
+    plain, change = (Series(file, "square", from_last=given, **options) for given in (False, True))
+    ids = torch.tensor([0, 10])
+    x, last = plain.source(True).batch(ids), torch.tensor([3.0, 13.0])
+    assert torch.equal(change.source(True).batch(ids), x - x[:, -1:])
+    assert torch.equal(change.labels(True).targets[ids], plain.labels(True).targets[ids] - last**2)
+    flat = Series(file, "square", flat=True, from_last=True, **options).source(True)
+    assert torch.equal(flat.batch(ids), (x - x[:, -1:]).flatten(1))
+    assert torch.equal(flat.to("cpu").batch(ids), flat.batch(ids))
+
+
 def test_inputs_stride_and_flat_rows(file: Path) -> None:
     data = Series(file, "square", inputs=["count"], window=5, stride=7, flat=True, val_fraction=0.25)
     assert (data.channels, data.image_size) == (5, 1)
@@ -108,7 +120,7 @@ def test_the_digest_knows_the_cut(file: Path) -> None:
         Series(file, "count", window=w, stride=s, flat=f, steps_ahead=a).fingerprint()
         for w, s, f, a in ((4, 1, False, 1), (5, 1, False, 1), (4, 2, False, 1), (4, 1, True, 1), (4, 1, False, 2))
     }
-    assert len(prints) == 5
+    assert len(prints | {Series(file, "count", window=4, from_last=True).fingerprint()}) == 6
     data = Series(file, "count", window=4)
     assert data.source(True).to("cpu").digest() == data.source(True).digest()
     assert Series(file, "count", window=4).fingerprint() == data.fingerprint()
