@@ -28,6 +28,7 @@ from sklearn.metrics import adjusted_rand_score, r2_score
 from vislearn import methods, runs
 from vislearn.errors import UserError
 from vislearn.folders import whole
+from vislearn.marked import replaced
 from vislearn.report.svg import LogAxis, line, path, text
 from vislearn.reproduction import leave
 
@@ -40,6 +41,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BATCH, TEST, FEWEST = 100, 500, 5  # rows deleted at once, rows that quality is measured on, deletions at least
 SPREAD = 0.4  # standard deviation of the rows of a group, so that groups overlap
+PLACE = "<!-- latencies -->", "<!-- /latencies -->"  # of the table in the README
 STYLE = """text { font: 12px sans-serif; fill: #222 } .axis { font-weight: 600 } .grid { stroke: #ddd }
 .base { stroke: #888 } polyline { fill: none; stroke-width: 2 } .l-retrained { stroke: #888; stroke-dasharray: 6 4 }
 .l-unlearned { stroke: #14639e } .dot { fill: #14639e; stroke: none }
@@ -159,9 +161,15 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for name, rows in found.items():
         row = max(rows, key=lambda each: each["rows"])
         quality = f"{row['quality']} {row['unlearned']:.4f}, {row['refitted']:.4f}"
-        lines.append(f"| `{name}` | {row['rows']:,} | {row['refit']:.3g} | {1000 * row['delete_mean']:.3g} | "
-                     f"{row['speedup']:,.3g} | {quality} |")  # fmt: skip
+        refit, deletion, cheaper = row["refit"], 1000 * row["delete_mean"], row["speedup"]
+        lines.append(f"| `{name}` | {row['rows']:,} | {figures(refit)} | {figures(deletion)} | {figures(cheaper)} | "
+                     f"{quality} |")  # fmt: skip
     return "\n".join(lines)
+
+
+def figures(value: float) -> str:
+    """Three figures, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def earlier(file: Path, facts: Mapping[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -220,6 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = keep(options.out, facts, known, notes)
     with whole(options.svg) as beside:
         beside.write_text(drawing(found), encoding="utf-8")
+    if options.out == here / "results.json":
+        readme = here / "README.md"
+        with whole(readme) as beside:
+            beside.write_text(replaced(readme.read_text(encoding="utf-8"), *PLACE, table(found)), encoding="utf-8")
     print("\n".join([*notes.values(), table(found)]))
     return 0
 
