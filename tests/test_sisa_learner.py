@@ -1,6 +1,7 @@
 """A learner inside: deleting equals training without the rows, bit for bit, dropout, order and schedule included."""
 
 import copy
+import json
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from toy_sisa import hashes, train
 
 from vislearn.benchmark import Resolver
+from vislearn.errors import UserError
 from vislearn.sisa_cli import main
 from vislearn.sisa_constituents import LearnerConstituent
 from vislearn.sisa_ensemble import Ensemble, Placement, place
@@ -65,6 +67,48 @@ def test_a_deleted_row_is_refused(inside):
     one.start(0)
     with pytest.raises(RuntimeError, match="was deleted"):
         one.fit_slice(Rows(np.array([5])), np.array([4, 5]), 1, 0)
+
+
+def test_rows_from_elsewhere_are_normalised_as_the_data_are(inside):
+    one, _ = inside
+    one.start(0)
+    ids = one.data.ids("test")[:5]
+    pixels = one.data.source(False).batch(ids)
+    normal = next(iter(one.data.loader("test", train=False, batch_size=5)))[0]
+    expected = one.predict("test")[:5]
+    assert np.allclose(one.predict(pixels.numpy()), expected)
+    assert np.allclose(one.predict(pixels.numpy().astype(np.int64)), expected)
+    assert np.allclose(one.predict(normal.double().numpy()), expected)
+    with pytest.raises(UserError, match=r"the shape \(8, 8\), and those of the ensemble's data \(1, 8, 8\)"):
+        one.predict(pixels[:, 0].numpy())
+    with pytest.raises(UserError, match="pixels from 0 to 255"):
+        one.predict(pixels.numpy().astype(np.int64) - 1)
+
+
+def test_fairness_on_a_set_of_the_data(tmp_path, monkeypatch, capsys):
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    given = {"class_path": "ColouredDigits", "init_args": {"train_rows": 300, "bias_seed": 1}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE | {"data": given}))
+    assert main(["fit", "--recipe=r.yaml", "--shards=3", "--epochs=1"]) == 0
+    capsys.readouterr()
+    asked = ["fair", "--attribute=aligned", "--positive=3", "--json"]
+    assert main([*asked, "--set=test"]) == 0
+    by_name = json.loads(capsys.readouterr().out)
+    data = Resolver().data(Resolver()(**(RECIPE | {"data": given})))
+    data.setup()
+    ids, labels = data.ids("test"), data.labels(False)
+    numbers, words = labels.attributes["aligned"]
+    np.savez("held.npz", x=data.source(False).batch(ids).numpy(), y=labels.targets[ids].numpy(),
+             aligned=np.array(words)[numbers[ids].numpy()])  # fmt: skip
+    assert main([*asked, "--data=held.npz"]) == 0
+    assert json.loads(capsys.readouterr().out) == by_name
+    assert by_name["groups"] == ["aligned", "conflicting"]
+    assert by_name["rows"] == len(ids)
+    for wrong, text in (("train", "trained on"), ("retain", "trained on"), ("nowhere", "there is no set")):
+        assert main([*asked, f"--set={wrong}"]) == 2
+        assert text in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

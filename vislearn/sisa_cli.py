@@ -171,6 +171,10 @@ def parse_ids(given: str) -> tuple[int, ...]:
 
 
 def _work(service: Service, options: argparse.Namespace) -> None:
+    if service.recipe["data"] is None:  # learners, under Lightning
+        from vislearn.cli import quiet
+
+        quiet()
     for path in service.retrain(options.workers, options.executor, quiet=False):
         print(f"receipt: {path}")
 

@@ -197,15 +197,41 @@ class LearnerConstituent:
         load_model(self.model, str(folder / self.file))
 
     def predict(self, x: Any) -> Floats:
-        """Predict for a set by name, such as "test", or for (n, c, h, w) rows as the model sees them, normalised."""
+        """Predict for a set by name, such as "test", or for rows of the shape that the data have.
+
+        Rows of whole numbers are pixels from 0 to 255 and are normalised as the data are; others are taken as the model
+        sees them.
+
+        Raises:
+            UserError: no such set, or rows of another shape.
+        """
         import torch
 
+        from vislearn.loader import Loader
         from vislearn.measure import forward
+        from vislearn.sources import Memory
 
         if isinstance(x, str):
-            out = torch.cat([forward(self.model, part) for part, _ in self.data.loader(x, train=False)])
+            loader = self.data.loader(x, train=False)
         else:
-            out = forward(self.model, torch.as_tensor(x))
+            rows = torch.as_tensor(x)
+            shape = self.data.source(True).batch(torch.tensor([0])).shape[1:]
+            if rows.shape[1:] != shape:
+                raise UserError(f"the rows have the shape {tuple(rows.shape[1:])}, and those of the ensemble's data "
+                                f"{tuple(shape)} (the array x of --data)")  # fmt: skip
+            whole = not rows.is_floating_point()
+            if whole and not (self.data.mean and rows.min() >= 0 and rows.max() <= 255):
+                raise UserError("rows of whole numbers are pixels from 0 to 255, and these are not; give features as "
+                                "floating-point numbers (the array x of --data)")  # fmt: skip
+            loader = Loader(
+                Memory(rows.to(torch.uint8) if whole else rows.float()),
+                torch.zeros(len(rows)),
+                torch.arange(len(rows)),
+                self.data.batch_size,
+                self.data.mean,
+                self.data.std,
+            )
+        out = torch.cat([forward(self.model, part) for part, _ in loader])
         out = out.softmax(1) if self.model.is_classifier else out
         return out.double().numpy()
 

@@ -2,6 +2,7 @@
 
 vislearn sisa fair --data=held_out.npz --attribute=sex
 vislearn sisa fair --data=held_out.npz --attribute=sex --method=ensemble --predict=new.npz --out=answers.npy
+vislearn sisa fair --set=test --attribute=bias --positive=3          # a learner's own test rows
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from vislearn.errors import UserError
 from vislearn.folders import whole
 from vislearn.metrics.fair_sisa import FairVotes, Method, intervals, odds, threshold_optimizer
+from vislearn.sisa_constituents import LearnerConstituent
 from vislearn.sisa_ensemble import aggregate
 from vislearn.sisa_planner import columns
 from vislearn.sisa_service import Service
@@ -65,8 +67,10 @@ def fair(options: argparse.Namespace) -> int:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.add_argument("--data", type=Path, metavar="FILE", required=True,
-                        help=".npz with x, y and the attribute, of rows that no shard was trained on")  # fmt: skip
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--data", type=Path, metavar="FILE",
+                      help=".npz with x, y and the attribute, of rows that no shard was trained on")  # fmt: skip
+    rows.add_argument("--set", metavar="NAME", help="of a learner's own data, such as test, with their attributes")
     parser.add_argument("--attribute", default="group", metavar="NAME", help="array with each row's group (group)")
     parser.add_argument("--positive", metavar="CLASS", help="the outcome; of two classes the second by default")
     parser.add_argument("--fit", type=float, default=0.5, metavar="SHARE",
@@ -90,14 +94,15 @@ def study(service: Service, options: argparse.Namespace) -> tuple[dict[str, Any]
     """
     if service.recipe["core"].get("values"):
         raise UserError(f"{service.folder} predicts values, and equalized odds are of classes")
-    content = read_table(options.data)
-    names, group = groups_of(content, options.data, options.attribute)
+    where = options.data or f"the set {options.set}"
+    content = read_table(options.data) if options.set is None else read_set(service, options.set)
+    names, group = groups_of(content, where, options.attribute)
     if len(names) < 2:
-        raise UserError(f"{options.data}: the array {options.attribute} holds one group only ({names[0]}), and a gap "
+        raise UserError(f"{where}: the array {options.attribute} holds one group only ({names[0]}), and a gap "
                         "is between two; choose another array (--attribute)")  # fmt: skip
     asked, classes = ask(service, content["x"], options.positive)
-    outcome, label = labels_of(content["y"], classes, options)
-    fit = division(label, group, names, options)
+    outcome, label = labels_of(content["y"], classes, where)
+    fit = division(label, group, names, options, where)
     calibration, test = np.flatnonzero(fit), np.flatnonzero(~fit)
     given = asked.votes[:, calibration], label[calibration], group[calibration]
     fitted = {name: FairVotes(name).fit(*given) for name in get_args(Method)}
@@ -112,9 +117,11 @@ def study(service: Service, options: argparse.Namespace) -> tuple[dict[str, Any]
                                               random_state=options.seed)  # fmt: skip
     except UserError as error:
         notes.append(str(error))
-    digests = row_digests(content["x"], label_numbers(content["y"], service.classes))
-    if known := int(np.isin(digests, service.placement.digest).sum()):
-        notes.append(f"{known} rows are copies of rows that the ensemble was made with, on which everything looks fair")
+    if service.recipe["data"] is not None:  # those of a learner are not compared by their contents
+        digests = row_digests(content["x"], label_numbers(content["y"], service.classes))
+        if known := int(np.isin(digests, service.placement.digest).sum()):
+            notes.append(f"{known} rows are copies of rows that the ensemble was made with, on which everything "
+                         "looks fair")  # fmt: skip
     measured = {
         name: odds(p, label[test], group[test])
         | {"intervals": intervals(p, label[test], group[test], seed=options.seed)}
@@ -127,14 +134,31 @@ def study(service: Service, options: argparse.Namespace) -> tuple[dict[str, Any]
     }, fitted  # fmt: skip
 
 
-def groups_of(content: Mapping[str, Any], path: Path, attribute: str) -> tuple[list[str], Ints]:
+def read_set(service: Service, name: str) -> dict[str, Any]:
+    """A set of a learner's own data as `read_table` gives it: the set's name as x, y, ids, and each attribute.
+
+    Raises:
+        UserError: an ensemble of tables, no such set, or one that its shards were trained on.
+    """
+    if service.recipe["data"] is not None:
+        raise UserError(f"{service.folder} was made from a table: give the held-out rows with --data=FILE.npz")
+    data = LearnerConstituent(service.recipe["constituent"]["config"]).data
+    ids, test = data.ids(name), name.startswith("test")
+    if not test and not name.startswith("val"):
+        raise UserError(f"the shards were trained on rows of {name}, on which everything looks fair; give --set=test")
+    labels = data.observed(train=not test)
+    named = {each: np.array(words)[numbers[ids].numpy()] for each, (numbers, words) in labels.attributes.items()}
+    return {"x": name, "y": labels.targets[ids].numpy(), "ids": ids.numpy(), **named}
+
+
+def groups_of(content: Mapping[str, Any], path: Path | str, attribute: str) -> tuple[list[str], Ints]:
     """Names of the groups, in order, and the number of each row's."""
     if attribute not in content or attribute in ("x", "y", "ids"):
         others = [name for name in content if name not in ("x", "y", "ids")]
         has = f"it has {', '.join(others)}" if others else "it has none beside x, y and ids"
         raise UserError(f"{path} has no array {attribute} that names the groups; {has} (--attribute)")
     values = np.asarray(content[attribute])
-    if values.shape != (len(content["x"]),) or values.dtype.kind not in "iubUS":
+    if values.shape != (len(content["ids"]),) or values.dtype.kind not in "iubUS":
         raise UserError(f"{path}: the array {attribute} holds one whole number or word for each row, not "
                         f"{values.dtype} of shape {values.shape} (--attribute)")  # fmt: skip
     names, group = np.unique(values, return_inverse=True)
@@ -157,12 +181,12 @@ def ask(service: Service, x: Any, positive: str | None) -> tuple[Asked, tuple[ND
     return asked, (classes, number)
 
 
-def labels_of(y: NDArray[Any], classes: tuple[NDArray[Any], int], options: argparse.Namespace) -> tuple[Any, Ints]:
+def labels_of(y: NDArray[Any], classes: tuple[NDArray[Any], int], where: Path | str) -> tuple[Any, Ints]:
     """The outcome, and (n,) 1 for the rows that have it."""
     known, number = classes
     strange = np.setdiff1d(y, known)
     if len(strange):
-        raise UserError(f"{options.data} has the label {strange[0]!s}, and the ensemble knows "
+        raise UserError(f"{where} has the label {strange[0]!s}, and the ensemble knows "
                         f"{', '.join(map(str, known[:20]))} (the array y)")  # fmt: skip
     return known[number], (y == known[number]).astype(np.int64)
 
@@ -172,7 +196,9 @@ def label_numbers(y: NDArray[Any], classes: NDArray[Any] | None) -> NDArray[Any]
     return y.astype(np.int64) if classes is None else np.searchsorted(classes, y)
 
 
-def division(label: Ints, group: Ints, names: list[str], options: argparse.Namespace) -> NDArray[np.bool_]:
+def division(
+    label: Ints, group: Ints, names: list[str], options: argparse.Namespace, where: Path | str
+) -> NDArray[np.bool_]:
     """(n,) whether a row is fitted to: a share of the rows of each group and label, and at least one on either side."""
     if not 0 < options.fit < 1:
         raise UserError(f"--fit is a share between 0 and 1, not {options.fit:g}")
@@ -183,7 +209,7 @@ def division(label: Ints, group: Ints, names: list[str], options: argparse.Names
             if len(rows) < 2:
                 kind = "with the outcome" if y else "without the outcome"
                 few = "no row" if len(rows) == 0 else "one row only"
-                raise UserError(f"{options.data}: the group {name} has {few} {kind}, and two are needed, one to fit to "
+                raise UserError(f"{where}: the group {name} has {few} {kind}, and two are needed, one to fit to "
                                 "and one to measure; give more rows, or merge groups (--attribute)")  # fmt: skip
             size = min(max(1, round(options.fit * len(rows))), len(rows) - 1)
             fit[generator.permutation(rows)[:size]] = True
