@@ -10,13 +10,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..folders import whole
-from . import bias, corrective, figures, lines, scatter
+from . import bias, corrective, figures, lines, scatter, templates
 from .graphs import KINDS
 from .sections import downloads, sections
 from .svg import glyph
@@ -61,21 +60,14 @@ def render(results: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=1)
 def environment() -> Any:
-    """What the templates of this folder are compiled in, with the style sheet and the script."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    """What the pages of results are compiled in: every page's environment, with the keys of figures and the script."""
     from markupsafe import Markup
 
-    def source(name: str) -> str:
-        return (files(__package__) / name).read_text(encoding="utf-8")
-
-    loader = FunctionLoader(source)
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    made.filters["svg"] = Markup  # drawn here, where everything that is written is escaped
+    made = templates.environment()
     made.filters["yaml"] = as_yaml
     made.filters["breakable"] = lambda name: Markup("<wbr>").join(_pieces(str(name)))
     made.globals |= {"dash": DASH, "keys": {kind: Markup(lines.key(kind)) for kind in (*KINDS, "guess")}}
-    for name, file in (("style", "style.css"), ("script", "page.js")):
-        made.globals[name] = Markup(source(file))
+    made.globals["script"] = Markup(templates.source("page.js"))
     return made
 
 

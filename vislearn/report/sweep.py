@@ -10,13 +10,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..progress import duration
 from ..sweep import Trial, canonical, distribution, flattened, leaves
+from . import templates
 from .parallel import MOST, ParallelAxis, parallel
 from .table import DASH, is_number
 
@@ -131,14 +131,7 @@ def write_page(found: Mapping[str, Any], path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _template() -> Any:
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-    from markupsafe import Markup
-
-    loader = FunctionLoader(lambda name: (files(__package__) / name).read_text(encoding="utf-8"))
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    made.filters["svg"] = Markup  # drawn here, where everything that is written is escaped
-    made.globals["style"] = Markup((files(__package__) / "style.css").read_text(encoding="utf-8"))
-    return made.get_template("sweep.html")
+    return templates.environment().get_template("sweep.html")
 
 
 def context(found: Mapping[str, Any]) -> dict[str, Any]:
