@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vislearn.data import ForgetDataModule
-from vislearn.errors import UserError
+from vislearn.errors import UserError, one_of
 from vislearn.learner import Learner, full
 from vislearn.loader import join_sets
 from vislearn.measure import layers as stages_of
@@ -22,7 +22,6 @@ from .fine_tune import FineTune
 from .gaussian_fine_tuning import training_targets
 from .npo import positive
 from .retrain import new_weights
-from .ssd import one_of
 
 WATCHED = 2000  # rows of the retain set on which the blindspot network is compared with a constant
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish)

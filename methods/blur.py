@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vislearn.data import ForgetDataModule
-from vislearn.errors import UserError
+from vislearn.errors import UserError, one_of
 from vislearn.grades import Grade
 from vislearn.learner import Learner
 from vislearn.preference import PreferenceMethod
@@ -17,7 +17,6 @@ from vislearn.trainer import Trainer
 from .npo import npo, positive
 from .satimp import satimp
 from .sim_npo import sim_npo
-from .ssd import one_of
 
 TINY = 1e-12  # squared length below which a gradient has no direction
 

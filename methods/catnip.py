@@ -5,11 +5,10 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from vislearn.errors import UserError
+from vislearn.errors import UserError, one_of
 from vislearn.preference import PreferenceMethod, log_complement, log_likelihood, log_odds
 
 from .npo import positive
-from .ssd import one_of
 
 
 class CATNIP(PreferenceMethod):

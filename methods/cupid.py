@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vislearn import fisher, influence, per_sample, progress
 from vislearn.data import ForgetDataModule, Loader, batches
+from vislearn.errors import one_of
 from vislearn.fisher import evaluation_mode
 from vislearn.learner import Classifier, Learner, check
 from vislearn.method import UnlearningMethod
@@ -21,7 +22,6 @@ from vislearn.preference import mean_over
 from vislearn.trainer import Trainer
 
 from .fisher_forgetting import expected_fisher
-from .ssd import one_of
 
 Rows = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # of x (b, ...) and y (b,)
 Plan = tuple[Tensor, Tensor | None, Loader | None]  # weight of each row, mask (P,), causal rows; None: plain ascent

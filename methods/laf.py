@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vislearn.data import ForgetDataModule, zip_loaders
-from vislearn.errors import UserError
+from vislearn.errors import UserError, one_of
 from vislearn.fisher import evaluation_mode
 from vislearn.learner import Learner
 from vislearn.loader import Loader
@@ -18,7 +18,6 @@ from vislearn.trainer import Trainer
 from vislearn.vae import VAE, Decoder, Numbered, Representations, fit, represent
 
 from .npo import positive
-from .ssd import one_of
 
 COLLAPSED = 0.5  # mean cosine distance of retained representations from the original's, from which on they are lost
 UNMOVED = 0.01  # the same of forgotten representations, below which nothing was forgotten

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from vislearn.data import ForgetDataModule
-from vislearn.errors import UserError
+from vislearn.errors import UserError, one_of
 from vislearn.loader import join_sets
 from vislearn.method import GradientMethod
-
-from .ssd import one_of
 
 
 class RandomLabels(GradientMethod):

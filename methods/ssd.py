@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vislearn.data import ForgetDataModule
-from vislearn.errors import UserError
+from vislearn.errors import UserError, one_of
 from vislearn.fisher import SampleLoss, diagonal_fisher, diagonal_fisher_by_class
 from vislearn.learner import Learner
 from vislearn.method import Cache, UnlearningMethod
@@ -385,10 +385,3 @@ def percentile_alpha(importance: Mapping[str, Tensor], importance_f: Mapping[str
 def adaptive_percentile(share: float) -> float:
     """ASSD's percentile for a forget set that is this share of the training set, in (0, 1]."""
     return 100 - math.log(1 + 100 * share)
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
-    """The value, or an error that names what is known."""
-    if value not in known:
-        raise UserError(f"{name} must be {' or '.join(known)}, not {value!r}; for example --method.{name}={known[0]}")
-    return value
