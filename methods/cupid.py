@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vislearn import fisher, influence, per_sample, progress
 from vislearn.data import ForgetDataModule, Loader, batches
 from vislearn.errors import one_of
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Classifier, Learner, check
 from vislearn.method import UnlearningMethod
+from vislearn.modes import evaluating
 from vislearn.preference import mean_over
 from vislearn.trainer import Trainer
 
@@ -129,7 +129,7 @@ class CUPID(UnlearningMethod):
     def unlearn(self, model: Learner, data: ForgetDataModule, trainer: Trainer) -> Learner:
         self.report.clear()
         ids = data.ids("forget").sort().values
-        with evaluation_mode(model):
+        with evaluating(model):
             (omega, half), right = sharpness(model, data.loader(ids, train=False), (self.eta, self.eta / 2))
             accuracy = float(right.double().mean())
             self.report.update(rows=len(ids), accuracy_before=accuracy, accuracy=accuracy, steps=0, change=0.0)
@@ -274,7 +274,7 @@ def sharpness(model: nn.Module, loader: Iterable[Any], etas: Sequence[float]) ->
 
     way: Rows | None = None
     found: list[tuple[Tensor, ...]] = []
-    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):  # the attention that vectorises
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the attention that vectorises
         for whole_x, whole_y in influence.pieces(model, loader):
             if way is None:
                 way = _vectorised(rise, whole_x[:1], whole_y[:1])

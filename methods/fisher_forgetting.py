@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vislearn import influence, per_sample
 from vislearn.data import ForgetDataModule
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Learner
 from vislearn.method import Cache, UnlearningMethod, scenario
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 
 ROW_VARIANCE = 1e-4  # of the class row that is set to zero, before it is multiplied like the rest of the last layer
@@ -198,7 +198,7 @@ def expected_fisher(
     device, loss = next(iter(parameters.values())).device, label_combination if classifier else output_combination
     sums = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
     add, outputs, rows = None, 0, 0
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for batch in loader:
             x = batch[0].to(device)
             if add is None:
@@ -247,7 +247,7 @@ def batch_fisher(model: nn.Module, loader: Iterable[Any]) -> dict[str, Tensor]:
     parameters, trained = dict(model.named_parameters()), influence.trainable(model)
     sums, count = per_sample.zeros(parameters), 0
     device = next(iter(parameters.values())).device
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for batch in loader:
             logits = model(batch[0].to(device))
             for y, weight in enumerate(logits.detach().softmax(1).mean(0)):
@@ -299,7 +299,7 @@ def moments(
 @torch.no_grad()
 def mean_squared_error(model: nn.Module, loader: Iterable[Any]) -> float:
     """Over rows and outputs of a regressor."""
-    with evaluation_mode(model):
+    with evaluating(model):
         errors = [(model(x) - y).square().double().flatten() for x, y in influence.pieces(model, loader)]
     return float(torch.cat(errors).mean())
 

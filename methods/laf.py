@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from vislearn.data import ForgetDataModule, zip_loaders
 from vislearn.errors import UserError, one_of
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Learner
 from vislearn.loader import Loader
 from vislearn.method import Cache, GradientMethod
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 from vislearn.vae import VAE, Decoder, Numbered, Representations, fit, represent
 
@@ -169,7 +169,7 @@ class LAF(GradientMethod):
         """An autoencoder of the original's representations of some rows, and its mean loss in every epoch."""
         assert self.seen is not None
         seen = self.seen
-        with evaluation_mode(model):
+        with evaluating(model):
             vae = self.new_vae(seen.width(model, loader)).to(next(model.parameters()))
             if self.standardise:
                 vae.calibrate(seen.walk(model, loader))

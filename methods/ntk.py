@@ -11,9 +11,9 @@ from torch.func import functional_call, jacrev, vmap
 from vislearn import influence
 from vislearn.data import ForgetDataModule
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Learner
 from vislearn.method import UnlearningMethod
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 
 BLOCK = 2**27  # numbers in one block of Jacobian rows at most: 512 MiB in float32
@@ -150,7 +150,7 @@ def scrub_step(
         numbers: see `kernel`.
     """
     parameters = influence.trainable(model)
-    with evaluation_mode(model):
+    with evaluating(model):
         residual = residuals(model, x, y, classifier)
         outputs = residual.shape[1]
         a, factor = coefficients(kernel(model, parameters, x, numbers), residual.flatten(), n_r * outputs,

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from vislearn.data import ForgetDataModule
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Learner
 from vislearn.measure import layers
 from vislearn.method import GradientMethod
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 
 
@@ -152,7 +152,7 @@ class RMU(GradientMethod):
     def on_train_end(self) -> None:
         x = self.__dict__.pop("seen")
         if self.model.is_classifier:
-            with evaluation_mode(self.model), torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 kept = self.model(x).argmax(1) == self.original(x).argmax(1)
             self.report["predictions_kept"] = float(kept.float().mean())
 

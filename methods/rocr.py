@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from vislearn.data import ForgetDataModule, batches
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.forget import codes
 from vislearn.learner import Classifier, Learner
 from vislearn.method import UnlearningMethod
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 
 
@@ -122,7 +122,7 @@ class ROCR(UnlearningMethod):
         width = head.in_features
         sums, counts = torch.zeros(classes, width, **double), torch.zeros(classes, **double)
         moment = torch.zeros(width, width, **double)
-        with evaluation_mode(model):
+        with evaluating(model):
             loader = data.loader(name, train=False, batch_size=self.batch_size)
             for x, y in batches(loader, head.weight.device):
                 z = model.features(x).double()

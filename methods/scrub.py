@@ -10,9 +10,9 @@ from torch import Tensor
 from vislearn.data import ForgetDataModule, batches
 from vislearn.distill import divergence
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.learner import Learner, linear_rate
 from vislearn.method import GradientMethod
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 
 from .random_labels import OneAfterTheOther
@@ -281,7 +281,7 @@ def error(model: Learner, loader: Iterable[Any], shares: dict[int, float] | None
             default every row weighs the same.
     """
     wrong, targets = [], []
-    with evaluation_mode(model):
+    with evaluating(model):
         for x, y in batches(loader, next(model.parameters()).device):
             outputs = model(x)
             wrong.append((outputs.argmax(1) != y).double() if model.is_classifier

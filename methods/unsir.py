@@ -8,10 +8,10 @@ from torch import Tensor
 
 from vislearn.data import ForgetDataModule, Loader
 from vislearn.errors import UserError
-from vislearn.fisher import evaluation_mode
 from vislearn.forget import GroupForget
 from vislearn.learner import Classifier, Learner
 from vislearn.method import GradientMethod, UnlearningMethod, scenario
+from vislearn.modes import evaluating
 from vislearn.trainer import Trainer
 
 
@@ -126,7 +126,7 @@ class UNSIR(UnlearningMethod):
 
     def taken(self, model: Learner, noise: Tensor, labels: Tensor) -> float:
         """Share of noise images that the model gives the class they are called."""
-        with evaluation_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             classes = torch.cat([model(z).argmax(1) for z in noise.split(self.repair_batch_size)])
         return float((classes == labels.to(classes.device)).float().mean())
 

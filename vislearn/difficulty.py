@@ -21,8 +21,9 @@ from .data import ForgetDataModule, batches
 from .errors import UserError
 from .influence import row_loss, trainable
 from .learner import Learner
-from .measure import channels_last, evaluating, layers
+from .measure import channels_last, layers
 from .metrics.signals import confidence, logit_scaled
+from .modes import evaluating
 from .shadow_matrix import IN, OUT
 from .shadow_pool import Pool
 from .worst_case_steps import SignSGD, positioned, unlearned_losses

@@ -28,12 +28,12 @@ from .measure import (
     Subject,
     Tier,
     channels_last,
-    evaluating,
 )
 from .measures import MEASURES, column, graphs
 from .measures.sets import set_metrics
 from .metrics.accuracy import accuracy, per_class_accuracy
 from .metrics.gap import floor, gap, over_pairs, over_pairs_within
+from .modes import evaluating
 
 __all__ = ["SPLITS", "Bench", "Column", "Found", "Predictions", "Sets", "Subject", "Tier",
            "graphs"]  # fmt: skip

@@ -9,8 +9,7 @@ Two estimators share the name "diagonal Fisher" in the literature and give diffe
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import RandomSampler
 from . import per_sample, processes
 from .errors import UserError
 from .loader import division
+from .modes import evaluating
 from .per_sample import SampleLoss
 
 Estimator = Literal["batch", "sample"]
@@ -93,7 +93,7 @@ def diagonal_fisher(
     device = next(iter(parameters.values())).device
     sums = per_sample.zeros(parameters)
     add, classes, count = None, 0, 0
-    with evaluation_mode(model), torch.enable_grad(), division(plain=True, shuffled=False):
+    with evaluating(model), torch.enable_grad(), division(plain=True, shuffled=False):
         for number, batch in enumerate(loader):
             x, y = batch[0].to(device), batch[-1].to(device)
             if row_loss is cross_entropy:
@@ -145,7 +145,7 @@ def diagonal_fisher_by_class(
     device = next(iter(parameters.values())).device
     whole, each = _Batched(parameters, power), {}
     current, classes = None, 0
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for number, (x, y) in enumerate(loader):
             x, y = x.to(device), y.to(device)
             if row_loss is cross_entropy:
@@ -199,18 +199,6 @@ class _Batched:
         for name, gradient in self.open.items():
             self.sums[name] += per_sample.raise_to(gradient / self.rows, self.power, self.sums[name].dtype)
         self.open, self.rows, self.count = {}, 0, self.count + 1
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block; every module gets its own flag back afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _batch_adder(

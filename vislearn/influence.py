@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import per_sample
 from .errors import UserError
-from .fisher import evaluation_mode
 from .learner import Learner
 from .method import UnlearningMethod
+from .modes import evaluating
 from .per_sample import SampleLoss
 from .preference import mean_over
 
@@ -92,7 +92,7 @@ def gradient(model: nn.Module, loader: Iterable[Any], loss: SampleLoss) -> tuple
     """Sum over rows of the gradient of each row's loss, (P,), and the number of rows."""
     parameters, rows = trainable(model), 0
     total = _zero(parameters)
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for x, y in pieces(model, loader):
             value = loss(model(x), y).sum()
             total += flat(torch.autograd.grad(value, list(parameters.values()), allow_unused=True), parameters)
@@ -106,7 +106,7 @@ def hessian_product(model: nn.Module, loader: Iterable[Any], loss: SampleLoss, v
     """The Hessian of the mean loss over the rows of a loader, times a vector (Pearlmutter's double backward pass)."""
     parameters, rows = trainable(model), 0
     total, direction = _zero(parameters), shaped(vector, parameters)
-    with evaluation_mode(model), torch.enable_grad(), _differentiable_attention():
+    with evaluating(model), torch.enable_grad(), _differentiable_attention():
         for x, y in pieces(model, loader):
             value = loss(model(x), y).sum()
             first = torch.autograd.grad(value, list(parameters.values()), create_graph=True, allow_unused=True)
@@ -128,7 +128,7 @@ def fisher_product(model: nn.Module, loader: Iterable[Any], loss: SampleLoss, ve
     """
     parameters = trainable(model)
     total = _zero(parameters)
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for x, y in pieces(model, loader):
             slopes, (products,) = _row_products(model, parameters, x, y, loss, [vector])
             total += pull(model, parameters, x, slopes * products.view(-1, *[1] * (slopes.ndim - 1)))
@@ -138,7 +138,7 @@ def fisher_product(model: nn.Module, loader: Iterable[Any], loss: SampleLoss, ve
 def row_products(model: nn.Module, loader: Iterable[Any], loss: SampleLoss, vectors: Sequence[Tensor]) -> Tensor:
     """Each row's gradient times each vector: (rows, number of vectors) float64."""
     parameters, found = trainable(model), []
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for x, y in pieces(model, loader):
             found.append(torch.stack(_row_products(model, parameters, x, y, loss, vectors)[1], 1))
     return torch.cat(found)

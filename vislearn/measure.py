@@ -4,8 +4,7 @@ Every model sees each row once (`evaluation.predict`), and what it put out is st
 those outputs and nothing else. The others get the model too, see a fixed sample of rows, and their findings are stored.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from .data import ForgetDataModule, batches
 from .errors import UserError
 from .learner import Learner
+from .modes import evaluating
 
 Sets = Mapping[str, Tensor]  # name of a set -> its ids
 Tier = Literal["quick", "standard", "thorough"]
@@ -233,18 +233,6 @@ def forward(model: Learner, x: Tensor) -> Tensor:
     """Outputs of a model in eval mode: x (n, ...) -> (n, k) or (n,) float32 on the CPU."""
     with evaluating(model):
         return torch.cat([model(channels_last(part)).float().cpu() for part in x.split(BATCH)])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block; afterwards every module has its own flag again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from .data import ForgetDataModule, Loader, zip_loaders
 from .distill import divergence
 from .errors import UserError
-from .fisher import evaluation_mode
 from .learner import Learner, full
 from .method import GradientMethod, scenario
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -197,7 +197,7 @@ def mean_over(model: torch.nn.Module, loader: Iterable[Any], measure: Callable[[
     """Mean over all rows of `measure(outputs, y)` (b,), in eval mode; flags of the modules stay as they are."""
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    with evaluation_mode(model):
+    with evaluating(model):
         for x, y in loader:
             total += measure(model(x.to(device)), y.to(device)).double().sum()
             count += len(x)

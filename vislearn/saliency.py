@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .fisher import evaluation_mode, squared_norm
+from .fisher import squared_norm
 from .learner import Learner
+from .modes import evaluating
 
 
 def scores(model: Learner, loader: Iterable[Any], labels: bool = True) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def scores(model: Learner, loader: Iterable[Any], labels: bool = True) -> dict[s
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     device = next(iter(parameters.values())).device
     batches = 0
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for x, y in loader:
             outputs = model(x.to(device))
             value = model.loss(outputs, y.to(device)) if labels else squared_norm(outputs, y).mean()

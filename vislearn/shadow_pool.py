@@ -12,8 +12,9 @@ from torch import Tensor
 from .data import ForgetDataModule, batches
 from .errors import UserError
 from .learner import Learner
-from .measure import channels_last, evaluating
+from .measure import channels_last
 from .metrics.signals import logit_scaled
+from .modes import evaluating
 from .recipe import differences
 
 Kind = Literal["halves", "thirds"]

@@ -36,10 +36,11 @@ from vislearn.data import ForgetDataModule, batches
 from vislearn.errors import UserError
 from vislearn.jobs import run_all
 from vislearn.learner import Learner
-from vislearn.measure import channels_last, evaluating
+from vislearn.measure import channels_last
 from vislearn.method import UnlearningMethod, scenario
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.membership import entropy_attack
+from vislearn.modes import evaluating
 from vislearn.plan import Plan, read_plan, shipped
 from vislearn.recipe import load_yaml
 from vislearn.store import Store

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..learner import Learner
-from ..measure import BATCH, Bench, channels_last, evaluating, layers
+from ..measure import BATCH, Bench, channels_last, layers
 from ..metrics.restoration import Activity, Experts, activity, edited, matched_random, recorded, select_experts
 from ..metrics.sae import MOST_DEAD, Quality, SparseAutoencoder, fit
+from ..modes import evaluating
 
 ROWS = 3000  # training images for the autoencoder and the choice of experts
 LEAST_ROWS = 100  # of the forget set among them
