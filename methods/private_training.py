@@ -76,8 +76,8 @@ class PrivateTraining(UnlearningMethod):
                 )
         facts = {key: privacy[key] for key in ("accountant", "noise_multiplier", "sample_rate", "steps")}
         vacuous = not delta_k < 1 or math.isinf(epsilon_k)
-        self.report.update(epsilon=epsilon, delta=delta, rows=rows, epsilon_rows=epsilon_k, delta_rows=delta_k,
-                           vacuous=vacuous, largest_group=most, **facts)  # fmt: skip
+        self.report.update(unchanged=True, epsilon=epsilon, delta=delta, rows=rows, epsilon_rows=epsilon_k,
+                           delta_rows=delta_k, vacuous=vacuous, largest_group=most, **facts)  # fmt: skip
         self.warn(f"unchanged by design: {in_words(epsilon, delta, rows, epsilon_k, delta_k, vacuous, most)}")
         return model
 

@@ -1,6 +1,7 @@
 """Gaps, floors, and the sentences that say when a number means nothing."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,10 @@ def test_too_few_retrained_models_are_counted() -> None:
 def test_what_makes_numbers_meaningless_is_said() -> None:
     original = subject(GOOD, 0)
     assert any("identical" in f for f in ev.flags(subject(GOOD, 0), original, SETS))
+    assert ev.flags(replace(subject(GOOD, 0), report={"unchanged": True}), original, SETS) == []  # by design
     collapsed = subject({"forget": 0.25, "retain": 0.3, "test": 0.3}, 1)
     assert any(f.startswith("collapsed: retain accuracy fell from 9") for f in ev.flags(collapsed, original, SETS))
+    assert len(ev.flags(replace(collapsed, report={"unchanged": True}), original, SETS)) == 1
     assert ev.flags(subject(RETRAINED, 2), original, SETS) == []
     hopeless = subject({"forget": 0.25, "retain": 0.25, "test": 0.25}, 3)
     assert "no better than chance" in ev.check_original(hopeless, SETS)[0]

@@ -54,7 +54,10 @@ class UnlearningMethod(ABC):
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the method says of its own work: plain numbers and strings; "warnings" is a list of sentences."""
+        """What the method says of its own work: plain numbers and strings.
+
+        "warnings" is a list of sentences; "unchanged" is True where the original model is the result by design.
+        """
         return self.__dict__.setdefault("_report", {})
 
     def warn(self, message: str) -> None:

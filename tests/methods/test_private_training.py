@@ -46,6 +46,7 @@ def test_the_model_stays_and_the_bound_is_reported() -> None:
     assert (report["epsilon"], report["rows"], report["epsilon_rows"]) == (0.5, 3, 1.5)
     assert report["delta_rows"] == pytest.approx(1e-4 * (1 + math.exp(0.5) + math.exp(1.0)))
     assert report["vacuous"] is False
+    assert report["unchanged"] is True
     assert report["steps"] == 10
     (said,) = report["warnings"]
     assert "for the 3 rows of the forget set that guarantees (1.5, 0.00054)" in said
@@ -109,3 +110,4 @@ def test_the_trainer_compares_it_with_retrained_models(tmp_path: Path) -> None:
     assert fingerprint(unlearned) == fingerprint(model)
     row = comparison["methods"][0]
     assert any("unchanged by design" in note for note in row["notes"])
+    assert row["flags"] == []
