@@ -150,7 +150,10 @@ class Bench:
         return ids[torch.randperm(len(ids), generator=generator)[:limit]].sort().values
 
     def rows(self, name: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """The rows of `ids` as the model sees them in evaluation: x (n, c, h, w) normalised, y (n,); kept in memory."""
+        """The rows of `ids` as the model sees them in evaluation: x (n, c, h, w) normalised, y (n,); kept in memory.
+
+        Not for "triggered": of test rows with a stamp only outputs are known, those of `Subject.on`.
+        """
         limit = self.sample if limit is None else limit
         at = ("rows", name, limit)
         if at not in self.shared:
