@@ -29,7 +29,7 @@ def test_a_scale_names_methods_arguments_and_settings(reproduce: Any, name: str)
         assert set(arguments) <= parameters(getattr(methods, entry["class_path"])), entry
         getattr(methods, entry["class_path"])(**arguments)
         if name == "cpu" and not entry["class_path"].startswith("Boundary"):
-            assert arguments["epochs"] <= 5
+            assert arguments["epochs"] <= 2
     assert Settings(**scale["search"]).budget == 0.1
 
 
@@ -56,8 +56,9 @@ def test_findings(reproduce: Any) -> None:
 def test_intervals_that_meet_are_said(reproduce: Any) -> None:
     curve = {"curve": [{"overlap_start": 100}], "rows": 1000, "candidates": 10000, "overlap_by_chance": 100.0}
     sides = {name: results({"SCRUB": g}, {}, spread=3.0) for name, g in (("random", 5.0), ("worst", 4.0))}
-    (said,) = (c["found"] for c in reproduce.checks(sides, curve) if c["claim"].startswith("SCRUB"))
-    assert said == "mean gap 5.00 on random rows, 4.00 on the worst; the intervals meet"
+    (check,) = (c for c in reproduce.checks(sides, curve) if c["claim"].startswith("SCRUB"))
+    assert check["found"] == "mean gap 5.00 on random rows, 4.00 on the worst; the intervals meet"
+    assert check["reproduced"] is None, "an order that the seeds do not tell"
 
 
 def test_numbers_of_seeds(reproduce: Any) -> None:

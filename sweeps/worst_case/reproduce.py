@@ -96,7 +96,7 @@ def checks(sets: Mapping[str, Any], search: Mapping[str, Any]) -> list[dict[str,
             worst["high"] < random["low"] or worst["low"] > random["high"])  # fmt: skip
         add(f"{name} is {known['worst_is']} on the worst set",
             f"mean gap {random['mean']:.2f} on random rows, {worst['mean']:.2f} on the worst"
-            + ("" if apart else "; the intervals meet"), better == (known["worst_is"] == "better"),
+            + ("" if apart else "; the intervals meet"), better == (known["worst_is"] == "better") if apart else None,
             *published)  # fmt: skip
     return out
 
