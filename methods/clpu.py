@@ -12,6 +12,7 @@ from vislearn.errors import UserError
 from vislearn.learner import Learner
 from vislearn.memory import RowReader
 from vislearn.strategy import GradientStrategy, Setting, task_logits
+from vislearn.stream_requests import Request
 from vislearn.tasks import TaskStream
 from vislearn.trainer import Trainer
 
@@ -23,16 +24,16 @@ class CLPU(DERpp):
 
     A task is learned temporarily: a side network learns its rows alone, with cross-entropy, and a memory keeps some of
     them with its logits. The main network never sees them, so forgetting is exact: side network and memory are deleted,
-    and nothing that is left ever depended on the task. `finalise` distils a side network into the main one:
-    DER++ on the rows of the memory, those of the task and those of the tasks that the main network knows,
+    and nothing that is left ever depended on the task. A request F distils a side network into the main one: DER++ on
+    the rows of the memory, those of the task and those of the tasks that the main network knows,
 
     .. math::
         \beta\, \mathrm{CE}(M_k) + \alpha\, \mathrm{MSE}(f(M_k), z_k) + \frac{1}{T} \sum_t \left[ \beta\,
         \mathrm{CE}(M_t) + \alpha\, \mathrm{MSE}(f(M_t), z_t) \right],
 
     for as many steps as the task was learned. A finalised task cannot be unlearned. Tasks named in `permanent` are
-    learned by the main network at once, with DER++. Only whole tasks are forgotten exactly: where single rows or a
-    class are deleted, the side network that learned them stays.
+    learned by the main network at once, with DER++, so that F changes nothing of them. Only whole tasks are forgotten
+    exactly: where single rows or a class are deleted, the side network that learned them stays.
 
     Reference:
         Liu, Liu, Stone. Continual Learning and Private Unlearning. CoLLAs 2022. arXiv:2203.12817.
@@ -41,7 +42,7 @@ class CLPU(DERpp):
     took, or one if there was none.
 
     Args:
-        permanent: tasks that are learned for good, and cannot be unlearned; none by default.
+        permanent: tasks that are learned for good, and cannot be unlearned but by a method; none by default.
         warm_start: start a side network from the main network instead of new weights.
         **kwargs: see :class:`vislearn.methods.replay.DERpp`.
     """
@@ -63,6 +64,14 @@ class CLPU(DERpp):
             raise UserError(f"there is no task {unknown[0]}: the stream has {len(data.tasks)}, numbered from 0 "
                             "(--strategy.permanent)")  # fmt: skip
 
+    def refuses(self, request: Request, by_method: bool) -> str:
+        permanent = [t for t in request.tasks if t in self.permanent]
+        if request.kind == "U" and permanent and not by_method:
+            return for_good(permanent[0])
+        if request.kind == "F" and not permanent and not self.memory.capacity:
+            return "CLPU finalises a task on the rows that it keeps of it; give --strategy.memory=200"
+        return ""
+
     def begin(self, model: Learner, data: TaskStream, setting: Setting) -> None:
         super().begin(model, data, setting)
         self.side, self.final = {}, []
@@ -76,8 +85,10 @@ class CLPU(DERpp):
         self.side[task] = super().learn(network, data, task, trainer)
         return model
 
-    def finalise(self, model: Learner, data: TaskStream, task: int, trainer: Trainer) -> Learner:
+    def finalise(self, model: Learner, data: TaskStream, task: int, trainer: Trainer) -> Learner | None:
         """Move a task from its side network into the main network; it cannot be unlearned any more.
+
+        None where the main network learned it, as one of `permanent`.
 
         Args:
             model: the main network; is edited.
@@ -85,6 +96,8 @@ class CLPU(DERpp):
             task: a task that was learned temporarily.
             trainer: runs the loop.
         """
+        if task in self.permanent and task in self.final:
+            return None
         if task not in self.side:
             known = ", ".join(str(t) for t in self.side) or "none"
             raise UserError(f"task {task} was not learned temporarily, so there is nothing to finalise; such tasks "
@@ -124,8 +137,7 @@ class CLPU(DERpp):
     def unlearn(self, model: Learner, data: TaskStream, tasks: Sequence[int], trainer: Trainer) -> Learner:
         final = [t for t in tasks if t in self.final]
         if final:
-            raise UserError(f"task {final[0]} was learned for good and cannot be unlearned by CLPU; give a method, for "
-                            "example --method=SalUn, or leave the task out of --strategy.permanent")  # fmt: skip
+            raise UserError(for_good(final[0]))
         for task in tasks:
             del self.side[task]
         return model
@@ -154,3 +166,8 @@ class CLPU(DERpp):
         for task, weights in state["side"].items():
             self.side[int(task)] = copy.deepcopy(model).eval()
             self.side[int(task)].load_state_dict(weights)
+
+
+def for_good(task: int) -> str:
+    return (f"task {task} was learned for good and cannot be unlearned by CLPU; give a method, for example "
+            "--method=SalUn, or leave the task out of --strategy.permanent")  # fmt: skip

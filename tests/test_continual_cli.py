@@ -90,6 +90,18 @@ def test_further_requests_go_on(at_home: Path, capsys: pytest.CaptureFixture[str
         (["--requests=[L0,l1]"], "request 2, 'l1': requests begin with a capital, L1"),
         (["--requests=L0", "--strategy=UnCLE"], "did you mean 'UnCLe'"),
         (["--requests=L0,L2", "--out=continual"], "request 2 is L1 and not L2; choose another --out"),
+        (["--requests=[L0,U1]"], "request 2, 'U1': task 1 was never learned"),
+        (["--requests=[L0,L0]"], "request 2, 'L0': task 0 is learned since request 1"),
+        (["--requests=[L0,U0,U0]"], "request 3, 'U0': task 0 was unlearned by request 2"),
+        (["--requests=[L0,F0,U0]"], "request 3, 'U0': task 0 was finalised by request 2"),
+        (["--requests=[L0,F1]"], "request 2, 'F1': task 1 was never learned"),
+        (["--requests=L0", "--watch=true"], "leave out --watch"),
+        (["--requests=[X1]"], "request 1, 'X1': a request begins with L, U, C, D, F"),
+        (["--requests=[L7]"], "request 1, 'L7': there is no task 7; tasks are 0 to 2"),
+        (["--requests=[]"], "there is no request"),
+        (["--requests="], "there is no request"),
+        (["--requests=[0]"], "request 1, '0': a request begins with"),
+        (["--requests=[L0,L1,F0,L2]", "--out=continual"], "request 3 is U0 and not F0; choose another --out"),
     ],
 )
 def test_a_fault_is_one_clear_line(
@@ -137,6 +149,11 @@ def test_the_table_and_the_page_in_any_state(at_home: Path, tmp_path: Path) -> N
     page = (tmp_path / "new" / "page.html").read_text()
     assert "A &lt;b&gt; &amp; c." in page
     print_stream(bare, console)
+    again = [*found["requests"], "F1"]
+    steps = [*found["steps"], found["steps"][-1] | {"request": "F1", "kind": "F", "tasks": [1]}]
+    final = found | {"requests": again, "steps": steps, "accuracy": [*found["accuracy"], found["accuracy"][-1]]}
+    print_stream(final, console)
+    assert re.search(r"^1 +L1 .* F1 *$", console.export_text(), re.MULTILINE)
 
 
 @pytest.mark.slow

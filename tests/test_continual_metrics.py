@@ -75,6 +75,17 @@ def test_several_tasks_in_one_request_have_a_row_each() -> None:
     assert m.forgetting(table, parse("L0,L1,U0+1")) is None
 
 
+def test_a_request_to_finalise_is_no_event_of_its_own() -> None:
+    requests, table = parse("L0,L1,U0,F1,L2"), TABLE[[0, 1, 2, 2, 3]]
+    rows = {row.name: row for row in m.stability(table, requests, CHANCE)}
+    assert list(rows) == ["L0", "L1", "U0", "L2"]
+    assert rows["L1"].mean == pytest.approx(100 * (1 + 2 * 0.6 / 0.7 + 0.65 / 0.7) / 4)  # its life goes on
+    (only,) = m.relapse(table, requests, CHANCE)
+    assert (only.rise, only.from_chance) == (pytest.approx(30), pytest.approx(15))
+    assert [s.request for s in m.spill(table, requests)] == [2]
+    assert m.forgetting(table, requests) == m.forgetting(TABLE, STREAM)
+
+
 def test_uniformity() -> None:
     flat, sure = torch.zeros(3, 10), torch.eye(10) * 1e4
     assert m.uni_release(flat) == pytest.approx(1)

@@ -226,10 +226,13 @@ class CLI(LightningCLI):
         from .continual_output import deliver
 
         assert isinstance(self.trainer, Trainer)
-        self.start_loggers(model)
+        if self.config[self.subcommand].watch:
+            raise UserError("--watch follows one network, and every request of a stream has a copy of its own; leave "
+                            "out --watch")  # fmt: skip
         seed = self.config[self.subcommand].seed_everything
         deliver(model=model, data=datamodule, trainer=self.trainer, config=self.plain_config, seed=seed,
-                store=self.artifact_store, command=["vislearn", *self.argv], **options)  # fmt: skip
+                store=self.artifact_store, command=["vislearn", *self.argv],
+                begin=lambda: self.start_loggers(model), **options)  # fmt: skip
 
 
 def show(rule: dict[str, Any], results: dict[str, Any] | None = None) -> None:

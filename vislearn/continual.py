@@ -49,6 +49,7 @@ from .trainer import Progress, Trainer
 
 BATCH = 512  # test rows at once; a network that reads the statistics of its batch wants many
 Say = Callable[[str], None]
+Log = Callable[[int, Mapping[str, Any]], None]
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Stream:
 
     def plan(self, stop: int) -> dict[str, Any]:
         """What determines the step `stop` - 1."""
-        asked = any(step.request.kind != "L" for step in self.steps[:stop])
+        asked = any(step.request.unlearns for step in self.steps[:stop])
         plan = recipe(self.config, "forget", *(() if asked else ("method",)))
         if asked and self.method is not None and self.method.needs:
             plan["unlearn_data"] = self.unlearn_data
@@ -141,8 +142,14 @@ def stream_of(
                   store or Store(), keep, relearn)  # fmt: skip
 
 
-def carry_out(stream: Stream, say: Say = print) -> None:
-    """Make every step that is not in the store."""
+def carry_out(stream: Stream, say: Say = print, log: Log = lambda number, record: None) -> None:
+    """Make every step that is not in the store.
+
+    Args:
+        stream: the stream.
+        say: is given a line on every step that is made.
+        log: is given the number of every step, from 1, and what was measured after it; those in the store come first.
+    """
     keys = [stream.key(i) for i in range(len(stream.steps))]
     done = max((i + 1 for i, name in enumerate(keys) if name in stream.store), default=0)
     if done:
@@ -150,12 +157,15 @@ def carry_out(stream: Stream, say: Say = print) -> None:
         say(f"{done} of {len(keys)} requests are carried out already: {stream.store[keys[done - 1]].path}")
     else:
         _ = stream.ledger  # a file that cannot be read is found before anything is trained
+    for number, record in enumerate(stream.records(done - 1), 1):
+        log(number, record)
     stream.trainer.add_callbacks(stream.progress)
     for number in range(done, len(keys)):
         with stream.store.lock(keys[number]):
             if keys[number] not in stream.store:
                 make(stream, number)
         say(described(stream, number))
+        log(number + 1, stream.records(number)[-1])
         before = keys[number - 1] if number else ""
         if stream.keep == "last" and before in stream.store and stream.store[before].meta["keep"] == "last":
             stream.store.remove(stream.store[before].path)  # but not what another stream wants to keep
@@ -194,13 +204,16 @@ def restored(stream: Stream, number: int) -> tuple[Learner, Strategy]:
 
 
 def act(stream: Stream, step: Step, strategy: Strategy, learner: Learner) -> tuple[Learner, dict[str, Any]]:
-    """Learn or forget; returns the model and what the strategy or the method says of its work."""
+    """Learn, finalise or forget; returns the model and what the strategy or the method says of its work."""
     data, tasks = stream.data, step.request.tasks
     if step.request.kind == "L":
         view = data.view({"train": step.rows, "retain": step.rows}, also=strategy.rows)
         learner = strategy.learn(learner, view, tasks[0], stream.trainer)
         strategy.note_learned(tasks[0])
         return learner, said(strategy)
+    if step.request.kind == "F":
+        final = strategy.finalise(learner, data.view({}, also=strategy.rows), tasks[0], stream.trainer)
+        return (learner, {"unchanged": True}) if final is None else (final, said(strategy))
     kept = data.view({"train": strategy.rows})
     if stream.method is None:
         unlearned = strategy.unlearn(learner, kept, tasks, stream.trainer)

@@ -2,36 +2,34 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import wandb_logging
 from .continual import Stream, carry_out, stream_of
 from .continual_results import results
 from .errors import UserError
 from .folders import storage_fault
 from .recipe import differences
-from .report.continual import print_stream, write_stream
+from .report.continual import print_stream, rendered, write_stream
 
 NUMBERS, PAGE = "results.json", "report.html"
 
 
-def deliver(out: str, command: Sequence[str], **options: Any) -> None:
-    """The command: see `Trainer.continual` for what it takes."""
+def deliver(out: str, command: Sequence[str], begin: Callable[[], None], **options: Any) -> None:
+    """The command: see `Trainer.continual` for what it takes; `begin` starts the loggers once nothing is refused."""
     folder = Path(out)
     stream = stream_of(**options)
     check_folder(folder, stream)
-    carry_out(stream)
+    begin()
+    carry_out(stream, log=partial(wandb_logging.asked, stream.trainer))
     found = results(stream) | {"command": shlex.join(command)}
-    for i, step in enumerate(found["steps"]):
-        for logger in stream.trainer.loggers:
-            logger.log_metrics({f"continual/task{task}": a for task, a in step["accuracy"].items()}, step=i)
-    numbers = {name: value for name, value in found["metrics"].items() if value is not None}
-    for logger in stream.trainer.loggers:
-        logger.log_metrics({f"continual/{name}": value for name, value in numbers.items()}, step=len(found["steps"]))
-        logger.finalize("success")
     publish(folder, found)
     print_stream(found)
+    if stream.trainer.loggers:
+        wandb_logging.streamed(stream.trainer, stream.store[found["key"]], found, rendered(found))
     print(f"numbers: {(folder / NUMBERS).resolve()}\nreport:  {(folder / PAGE).resolve()}")
 
 

@@ -20,6 +20,7 @@ from .metrics import continual as metrics
 from .metrics.accuracy import accuracy
 from .metrics.membership import sample
 from .strategy import Strategy, task_logits
+from .stream_requests import UNLEARN
 
 SHADOW = 500  # rows of a kept task on either side that an attack is fitted on
 ASKED = 5000  # rows of a forgotten task on either side that it is asked about
@@ -32,8 +33,7 @@ def results(stream: Stream) -> dict[str, Any]:
     chance = chances(stream)
     table = matrix(steps, len(data.tasks))
     spilled, relapsed = metrics.spill(table, requests), metrics.relapse(table, requests, chance)
-    unlearns = any(request.kind != "L" for request in requests)
-    method = stream.method if unlearns else None
+    method = stream.method if any(request.unlearns for request in requests) else None
     found: dict[str, Any] = {
         "kind": "continual", "title": data.name, "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "seconds": sum(step["seconds"] for step in steps), "setting": stream.setting,
@@ -107,7 +107,7 @@ def summary(
         "relapse_from_chance_points": mean([r.from_chance for r in relapsed]),
         "uni_js": mean([u["uni_js"] for u in uniform]),
         "uni_release": mean([u["uni_release"] for u in uniform]),
-        "unlearn_seconds": mean([s["seconds"] for s in steps if s["kind"] != "L"]),
+        "unlearn_seconds": mean([s["seconds"] for s in steps if s["kind"] in UNLEARN]),
         "learn_seconds": mean([s["seconds"] for s in steps if s["kind"] == "L"]),
     }
 
@@ -261,6 +261,10 @@ def warnings(
                             "later means little")  # fmt: skip
         for sentence in steps[i]["report"].get("warnings") or []:
             said.append(f"{stream.texts[i]}: {sentence}")
+    same = [step["request"] for step in steps if step["kind"] == "F" and step["report"].get("unchanged")]
+    if same:
+        said.append(f"{', '.join(same)} left the model as it was: {found['strategy']} had nothing apart of what was "
+                    "finalised; from there on it cannot be unlearned")  # fmt: skip
     notes = {f"task {t}: {a['note']}" for t, a in found["attacks"].items() if a.get("note")}
     said += [f"membership attacks on {note}" for note in sorted(notes)]
     return list(dict.fromkeys(said))

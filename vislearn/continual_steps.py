@@ -29,7 +29,7 @@ class Step:
         now: what is learned and forgotten after it.
         seed: of everything that it draws: made of the run's seed, its text, and how often that text came before, so
             that it does not depend on the other requests.
-        rows: (k,) rows to learn, or to forget.
+        rows: (k,) rows to learn, or to forget; none where a task is finalised.
         kept: (m,) rows that are learned, of those that stay so; for a request to learn, of the tasks before.
         gone: classes unlearned by a request of their own and not learned again, after this request.
         forgets: classes that it forgets as a whole.
@@ -67,6 +67,9 @@ def lay_out(requests: Sequence[Request], stream: TaskStream, seed: int) -> list[
             steps.append(Step(request, now, own, rows, known, gone))
             known = torch.cat([known, rows]).sort().values
             continue
+        if request.kind == "F":
+            steps.append(Step(request, now, own, NO_ROWS, known, gone))
+            continue
         if request.kind == "U":
             forgets = tuple(c for t in request.tasks for c in stream.tasks[t])
             gone = tuple(c for c in gone if c not in forgets)
@@ -74,7 +77,8 @@ def lay_out(requests: Sequence[Request], stream: TaskStream, seed: int) -> list[
             forgets = (asked_class(request, stream, now, gone, where),)
             gone = (*gone, *forgets)
         if request.kind == "D":
-            rows = drawn(known, request.count, own, where)
+            staying = torch.tensor([c for t in now.final for c in stream.tasks[t]])
+            rows = drawn(known[~torch.isin(targets[known], staying)], request.count, own, where)
             deleted = torch.cat([deleted, rows])
         else:
             rows = known[torch.isin(targets[known], torch.tensor(forgets))]
@@ -92,6 +96,9 @@ def asked_class(request: Request, stream: TaskStream, now: Standing, gone: tuple
     task = next(t for t, classes in enumerate(stream.tasks) if number in classes)
     if task not in now.learned:
         raise UserError(f"{where}: this class belongs to task {task}, which is not learned then (--requests)")
+    if task in now.final:
+        raise UserError(f"{where}: this class belongs to task {task}, which was finalised and stays as it is "
+                        "(--requests)")  # fmt: skip
     if number in gone:
         raise UserError(f"{where}: this class was unlearned before (--requests)")
     tested = stream.observed(train=False).targets[stream.task_rows(task, "test")]
@@ -101,10 +108,10 @@ def asked_class(request: Request, stream: TaskStream, now: Standing, gone: tuple
 
 
 def drawn(known: Tensor, count: int, seed: int, where: str) -> Tensor:
-    """(count,) sorted rows out of those that are known."""
+    """(count,) sorted rows out of those that can be deleted."""
     if count >= len(known):
-        raise UserError(f"{where}: {len(known)} rows are learned and not deleted then, and one at least has to stay "
-                        "(--requests)")  # fmt: skip
+        raise UserError(f"{where}: {len(known)} rows can be deleted then, which are learned, not deleted, and of no "
+                        "task that was finalised, and one of them at least has to stay (--requests)")  # fmt: skip
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
     return known[order[:count]].sort().values
 
@@ -124,10 +131,13 @@ def check(
     unlearn_data: UnlearnData,
 ) -> None:  # fmt: skip
     """Refuse what the strategy or the method will not be able to do, in words."""
-    unlearning = [(n, step) for n, step in enumerate(steps, 1) if step.request.kind != "L"]
     name = type(strategy).__name__
-    for number, step in unlearning:
+    for number, step in enumerate(steps, 1):
         where = f"request {number}, '{step.request.text}'"
+        if reason := strategy.refuses(step.request, method is not None):
+            raise UserError(f"{where}: {reason}")
+        if not step.request.unlearns:
+            continue
         if method is None:
             if step.request.kind != "U":
                 raise UserError(f"{where}: {name} can forget whole tasks at most; give an unlearning method, for "

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .errors import UserError
 from .learner import Learner
+from .stream_requests import Request
 from .tasks import TaskStream
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ class Strategy(ABC):
     """Learns the tasks of a stream in turn, and keeps what it needs between two requests.
 
     The engine carries out every request with a fresh copy of the strategy and of the model: `begin`, `restore` with the
-    `state` and the weights that were written after the request before (but for the first), then `learn` or `unlearn`,
-    and `note_learned` or `note_forgotten`. So a killed run goes on to the same numbers, and what is in no `state` is
-    gone with the request. The global generator is seeded for every call of `begin`, alike, and for every request.
+    `state` and the weights that were written after the request before (but for the first), then `learn`, `unlearn` or
+    `finalise`, and after the first two `note_learned` or `note_forgotten`. So a killed run goes on to the same numbers,
+    and what is in no `state` is gone with the request. The global generator is seeded for every call of `begin`, alike,
+    and for every request.
 
     Attributes:
         settings: the settings it serves: "task", in which a test row comes with its task, and "class", without.
@@ -58,6 +60,15 @@ class Strategy(ABC):
         if setting not in self.settings:
             raise UserError(f"{name} needs --setting={min(self.settings)}")
 
+    def refuses(self, request: Request, by_method: bool) -> str:
+        """Why a request cannot be carried out, in words; nothing where it can. Asked before any request is carried out.
+
+        Args:
+            request: one of the stream.
+            by_method: whether an unlearning method carries out what unlearns.
+        """
+        return ""
+
     def begin(self, model: Learner, data: TaskStream, setting: Setting) -> None:
         """Take up a new stream: nothing is learned yet."""
         self.setting, self.learned, self.forgotten = setting, [], []
@@ -81,6 +92,17 @@ class Strategy(ABC):
             model: the model after the request before; may be edited.
             data: a view of the stream in which no row can be read but those that the strategy keeps.
             tasks: the tasks to forget, all of them learned.
+            trainer: runs a loop, where there is one.
+        """
+        return None
+
+    def finalise(self, model: Learner, data: TaskStream, task: int, trainer: "Trainer") -> Learner | None:
+        """Keep a task for good: what was there only to unlearn it goes; None where there is nothing of that kind.
+
+        Args:
+            model: the model after the request before; may be edited.
+            data: a view of the stream in which no row can be read but those that the strategy keeps.
+            task: the task, which is learned and was not finalised before.
             trainer: runs a loop, where there is one.
         """
         return None

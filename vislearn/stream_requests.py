@@ -1,12 +1,14 @@
 """The requests of a continual stream: how they are written, and what is learned and forgotten after each of them.
 
 L3 learns task 3; U3 unlearns it, and U1+3 several tasks at once; C4 unlearns a class, by its number in the whole stream
-or by its name (Ccat); D50 deletes 50 rows, drawn among those that are learned and not deleted.
+or by its name (Ccat); D50 deletes 50 rows, drawn among those that are learned and not deleted. F3 finalises task 3: it
+is to stay, so that nothing that is kept only to unlearn it is needed any more, and no later request unlearns it, a
+class of it or a row of it.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +16,11 @@ from .errors import UserError
 
 NUMBER = "(0|[1-9][0-9]*)"
 FORMS = {"L": re.compile(NUMBER), "U": re.compile(rf"{NUMBER}(\+{NUMBER})*"), "C": re.compile(r"\S(.*\S)?"),
-         "D": re.compile("[1-9][0-9]*")}  # fmt: skip
+         "D": re.compile("[1-9][0-9]*"), "F": re.compile(NUMBER)}  # fmt: skip
 MEANT = {"L": "L3 learns task 3", "U": "U3 unlearns task 3, U1+3 both", "C": "C4 or Ccat unlearns a class",
-         "D": "D50 deletes 50 rows"}  # fmt: skip
+         "D": "D50 deletes 50 rows", "F": "F3 finalises task 3, so that it stays"}  # fmt: skip
+
+UNLEARN = frozenset("UCD")  # the requests after which something is forgotten
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,21 @@ class Request:
     Attributes:
         text: as it is written, L3.
         kind: its letter.
-        tasks: the tasks of L and U.
+        tasks: the task of L and F, the tasks of U.
         item: the class of C, by number or name.
         count: the rows of D.
     """
 
     text: str
-    kind: Literal["L", "U", "C", "D"]
+    kind: Literal["L", "U", "C", "D", "F"]
     tasks: tuple[int, ...] = ()
     item: str = ""
     count: int = 0
+
+    @property
+    def unlearns(self) -> bool:
+        """Whether something has to be forgotten."""
+        return self.kind in UNLEARN
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,17 @@ class Standing:
         seen: tasks that were ever learned.
         learned: tasks that are learned and not unlearned since.
         forgotten: tasks that are unlearned and not learned again since.
+        final: tasks that were finalised; they are learned.
     """
 
     seen: tuple[int, ...] = ()
     learned: tuple[int, ...] = ()
     forgotten: tuple[int, ...] = ()
+    final: tuple[int, ...] = ()
 
 
 def parse(given: str | Sequence[str]) -> list[Request]:
-    """Requests from a string L0,L1,U0, a list of strings, or the path of a file.
+    """Requests from a string L0,L1,U0 or [L0,L1,U0], a list of strings, or the path of a file.
 
     A file holds requests one a line or with commas between; # starts a comment. Around a request there may be spaces,
     inside only those in the name of a class.
@@ -66,6 +77,8 @@ def parse(given: str | Sequence[str]) -> list[Request]:
         name = given.strip()
         if _is_path(name):
             return parse(_lines(Path(name)))
+        if name.startswith("[") and name.endswith("]"):  # a list of which an entry is no text, as in [L0,1]
+            name = name[1:-1].strip()
         given = name.split(",") if name else []
     if not given:
         raise UserError("there is no request; a stream is, for example, --requests=[L0,L1,U0]")
@@ -108,7 +121,7 @@ def _one(text: str, number: int) -> Request:
     tasks = tuple(int(part) for part in rest.split("+"))
     if len(set(tasks)) < len(tasks):
         raise UserError(f"{where} names a task twice (--requests)")
-    return Request(text, "L" if kind == "L" else "U", tasks)
+    return Request(text, "U", tasks) if kind == "U" else Request(text, "F" if kind == "F" else "L", tasks)
 
 
 def standings(requests: Sequence[Request], tasks: int | None = None) -> list[Standing]:
@@ -119,22 +132,29 @@ def standings(requests: Sequence[Request], tasks: int | None = None) -> list[Sta
         tasks: number of tasks of the stream; None knows no limit.
 
     Raises:
-        UserError: for a task that there is not, that is learned twice, or unlearned without being learned.
+        UserError: for a task that there is not, that is learned or finalised twice, that is unlearned or finalised
+            without being learned, or unlearned after it was finalised.
     """
     now, found = Standing(), []
-    last: dict[int, int] = {}  # task -> number of the request that touched it last
+    last: dict[int, int] = {}  # task -> number of the request that learned or unlearned it last
+    final: dict[int, int] = {}  # task -> number of the request that finalised it
     for number, request in enumerate(requests, 1):
         for task in request.tasks:
             where = f"request {number}, '{request.text}'"
             if tasks is not None and task >= tasks:
                 raise UserError(f"{where}: there is no task {task}; tasks are 0 to {tasks - 1} (--requests)")
+            if task in final:
+                hint = {"U": "; leave out one of the two", "F": "; once is enough"}.get(request.kind, "")
+                raise UserError(f"{where}: task {task} was finalised by request {final[task]} and stays learned{hint} "
+                                "(--requests)")  # fmt: skip
             if request.kind == "L" and task in now.learned:
                 raise UserError(f"{where}: task {task} is learned since request {last[task]}; it can be learned again "
                                 f"after U{task} (--requests)")  # fmt: skip
-            if request.kind == "U" and task not in now.learned:
+            if request.kind != "L" and task not in now.learned:
                 why = f"was unlearned by request {last[task]}" if task in now.seen else "was never learned"
-                raise UserError(f"{where}: task {task} {why}; only what is learned can be unlearned (--requests)")
-            last[task] = number
+                done = "unlearned" if request.kind == "U" else "finalised"
+                raise UserError(f"{where}: task {task} {why}; only what is learned can be {done} (--requests)")
+            (final if request.kind == "F" else last)[task] = number
         now = _after(now, request)
         found.append(now)
     return found
@@ -142,9 +162,11 @@ def standings(requests: Sequence[Request], tasks: int | None = None) -> list[Sta
 
 def _after(now: Standing, request: Request) -> Standing:
     own = request.tasks
+    if request.kind == "F":
+        return replace(now, final=(*now.final, *own))
     rest = tuple(t for t in now.learned if t not in own), tuple(t for t in now.forgotten if t not in own)
     if request.kind == "L":
-        return Standing(tuple(dict.fromkeys((*now.seen, *own))), (*rest[0], *own), rest[1])
+        return Standing(tuple(dict.fromkeys((*now.seen, *own))), (*rest[0], *own), rest[1], now.final)
     if request.kind == "U":
-        return Standing(now.seen, rest[0], (*rest[1], *own))
+        return Standing(now.seen, rest[0], (*rest[1], *own), now.final)
     return now

@@ -200,7 +200,8 @@ class Trainer(lightning.Trainer):
             strategy: how a task is learned after others: Finetune, ER, DERpp, EWC, LwF, UER, CLPU, UnCLe. The last two
                 can unlearn tasks by themselves.
             requests: what is asked, in order: L3 learns task 3, U3 unlearns it, U1+3 several at once, C4 or Ccat
-                unlearns a class, D50 deletes 50 rows drawn by the seed. A list [L0,L1,U0], a string, or a text file.
+                unlearns a class, D50 deletes 50 rows drawn by the seed; F3 finalises task 3, which then stays: nothing
+                of it can be unlearned any more. A list [L0,L1,U0], a string, or a text file.
             method: unlearning method that carries out U, C and D in place of the strategy's own: --method=SalUn.
             setting: whether a test row comes with its task (`task`: the answer is a class of the task) or not (`class`:
                 a class of any task learned so far).

@@ -205,6 +205,60 @@ def compared(trainer: Trainer, artifact: Artifact, results: Mapping[str, Any]) -
         _keep(run, artifact, {"report.html": page, "results.json": json.dumps(as_json(results))})
 
 
+def asked(trainer: Trainer, number: int, record: Mapping[str, Any]) -> None:
+    """Log what a request of a stream came to: accuracy by task, the rows it was about, and seconds.
+
+    Args:
+        trainer: has the loggers.
+        number: of the request, from 1: the axis of these numbers.
+        record: as the step stores it.
+    """
+    numbers = {f"continual/task{task}": value for task, value in record["accuracy"].items()}
+    numbers |= {f"continual/{name}": float(record[name]) for name in ("rows", "seconds")}
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            _over(logger.experiment, "request", numbers)
+            logger.log_metrics({**numbers, "request": float(number)})
+        else:
+            logger.log_metrics(numbers, step=number)
+
+
+def streamed(trainer: Trainer, artifact: Artifact, found: Mapping[str, Any], page: str) -> None:
+    """Log what a whole stream came to: the numbers to every logger, tables, course and page to W&B.
+
+    Args:
+        trainer: has the loggers.
+        artifact: the last step.
+        found: the results of the stream.
+        page: its report, as HTML.
+    """
+    _evaluated(trainer.loggers, {f"continual/{k}": float(v) for k, v in found["metrics"].items() if v is not None})
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        import wandb
+
+        from .report.continual import tables
+
+        run = logger.experiment
+        media = {name: wandb.Table(columns=heads, data=data) for name, (heads, data) in tables(found).items()}
+        media |= {"curves/accuracy": _course(found), "report": wandb.Html(page)}
+        run.log({"evaluation": 0} | media)
+        _keep(run, artifact, {"report.html": page, "results.json": json.dumps(found)})
+
+
+def _course(found: Mapping[str, Any]) -> Any:
+    """Accuracy of every task that was asked for over the requests, as W&B's line plot."""
+    import wandb
+
+    lines = {f"task {about['task']}": [(i, row[about["task"]]) for i, row in enumerate(found["accuracy"], 1)
+                                       if row[about["task"]] is not None] for about in found["tasks"]}  # fmt: skip
+    lines = {name: spots for name, spots in lines.items() if spots}
+    return wandb.plot.line_series([[x for x, _ in spots] for spots in lines.values()],
+                                  [[y for _, y in spots] for spots in lines.values()],
+                                  list(lines), title="Accuracy by task", xname="request")  # fmt: skip
+
+
 def _evaluated(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -8,6 +8,8 @@ from toy_lessons import accuracy, begun, classifier, learn, rows_in, same, strea
 from toy_stream import quiet_trainer
 from vislearn.methods.clpu import CLPU
 
+from vislearn.stream_requests import parse
+
 SHORT = {"epochs": 3, "memory": 10, "batch_size": 8, "lr": 0.1}
 
 
@@ -58,6 +60,26 @@ def test_finalising_moves_a_task_into_the_main_network() -> None:
     assert accuracy(clpu, model, data, 0) > start - 0.2
     assert "cannot be unlearned" in refusal(lambda: clpu.unlearn(model, data, [1], quiet_trainer()))
     assert "temporarily" in refusal(lambda: clpu.finalise(model, rows, 1, quiet_trainer()))
+
+
+def test_a_permanent_task_has_nothing_to_finalise() -> None:
+    data, model = stream(), classifier()
+    clpu = begun(CLPU(permanent=[0], **SHORT), model, data)
+    learn(clpu, model, data, [0])
+    before = copy.deepcopy(model)
+    assert clpu.finalise(model, data.view({}, also=clpu.rows), 0, quiet_trainer()) is None
+    assert same(model, before)
+    assert clpu.final == [0]
+
+
+def test_what_cannot_be_carried_out_is_known_beforehand() -> None:
+    unlearn, final = parse("U1+0,F0")
+    assert "task 0 was learned for good" in CLPU(permanent=[0]).refuses(unlearn, by_method=False)
+    assert not CLPU(permanent=[0]).refuses(unlearn, by_method=True)
+    assert not CLPU(permanent=[2]).refuses(unlearn, by_method=False)
+    assert "give --strategy.memory=200" in CLPU(memory=0).refuses(final, by_method=False)
+    assert not CLPU(memory=0, permanent=[0]).refuses(final, by_method=False)
+    assert not CLPU().refuses(final, by_method=False)
 
 
 def test_a_restored_strategy_has_the_same_networks() -> None:

@@ -244,10 +244,11 @@ def _wide(outputs: Tensor, width: int) -> Tensor:
 
 
 def _lives(requests: Sequence[Request]) -> Iterator[tuple[int, int, int, str]]:
-    """(first row, row after the last one, task, kind) between one request about a task and the next one about it."""
+    """(first row, row after the last one, task, kind) between a request to learn or unlearn a task and the next one."""
+    asked = [() if request.kind == "F" else request.tasks for request in requests]
     for i, request in enumerate(requests):
-        for task in request.tasks:
-            ends = (j for j, later in enumerate(requests[i + 1 :], i + 1) if task in later.tasks)
+        for task in asked[i]:
+            ends = (j for j, later in enumerate(asked[i + 1 :], i + 1) if task in later)
             yield i, next(ends, len(requests)), task, request.kind
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 1000.0, 350.0  # of the figure, in pixels
 LANE = 52.0  # height of one task in the figure
-LEARNED, FORGOTTEN = 0, 3  # their markers
+LEARNED, FORGOTTEN, FINAL = 0, 3, 2  # their markers
+MARKS = {"L": LEARNED, "U": FORGOTTEN, "F": FINAL}
 
 # name, key, unit, meaning; in the order in which they are shown
 METRICS = (
@@ -54,7 +55,7 @@ def shown(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     out = []
     for name, key, unit, meaning in METRICS:
         value, form = values[key], {"points": "pp"}.get(unit, unit)
-        scale = 100 if unit == "%" or key in FRACTIONS else 1
+        scale = scale_of(key, unit)
         places = 3 if unit == "" else 1
         out.append((name, number(None if value is None else scale * value, form, places), unit, meaning))
     return out
@@ -71,10 +72,13 @@ def lives(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         learned = max(i for i in asked if steps[i]["kind"] == "L")
         gone = max((i for i in asked if steps[i]["kind"] == "U" and i > learned), default=None)
+        final = next((i for i in asked if steps[i]["kind"] == "F"), None)
         out.append({
-            "task": task, "about": about, "forgotten": gone is not None, "chance": percent(about["chance"]),
+            "task": task, "about": about, "at": (learned, gone), "forgotten": gone is not None,
+            "chance": percent(about["chance"]),
             "learned_at": found["requests"][learned], "learned": percent(table[learned][task]),
             "gone_at": "" if gone is None else found["requests"][gone],
+            "final_at": "" if final is None else found["requests"][final],
             "before": percent(None if gone is None else table[gone - 1][task]),
             "gone": percent(None if gone is None else table[gone][task]), "end": percent(table[-1][task]),
         })  # fmt: skip
@@ -107,12 +111,13 @@ def print_stream(found: Mapping[str, Any], console: Console | None = None) -> No
     console.print(f"\n{found['title']}: {','.join(found['requests'])}", style="bold", markup=False, highlight=False)
     console.print(heading(found), style="dim", markup=False, highlight=False)
     tasks = Table(box=None, pad_edge=False)
-    for name in ("task", "learned", "then %", "forgotten", "then %", "end %", "guessing %"):
-        tasks.add_column(name, justify="left" if name in ("task", "forgotten", "learned") else "right")
+    finals = any(life["final_at"] for life in lives(found))
+    for name in ("task", "learned", "then %", "forgotten", "then %", "end %", "guessing %", *["finalised"] * finals):
+        tasks.add_column(name, justify="right" if name.endswith("%") else "left")
     for life in lives(found):
         tasks.add_row(f"{life['task']}", life["learned_at"], plain(life["learned"]), life["gone_at"],
                       plain(life["gone"]) if life["forgotten"] else "", plain(life["end"]), life["chance"],
-                      style="dim" if life["forgotten"] else None)  # fmt: skip
+                      *[life["final_at"]] * finals, style="dim" if life["forgotten"] else None)  # fmt: skip
     for name, values in found["classes"].items():
         tasks.add_row(f"class {name}", "", "", "", "", plain(percent(values[-1])), "", style="dim")
     console.print(tasks)
@@ -148,7 +153,7 @@ def write_stream(found: Mapping[str, Any], page: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    content = environment().get_template("continual.html").render(**context(found))
+    content = rendered(found)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         with whole(page) as beside:
@@ -156,6 +161,43 @@ def write_stream(found: Mapping[str, Any], page: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write the page {page} ({reason}); choose another folder with --out=DIR") from None
+
+
+def rendered(found: Mapping[str, Any]) -> str:
+    """The page as HTML."""
+    return environment().get_template("continual.html").render(**context(found))
+
+
+def tables(found: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Tables of plain numbers by name, as columns and rows: of the whole stream, by task, and by request.
+
+    Accuracies are in percent; None where a number is not defined.
+    """
+
+    def scaled(value: float | None, by: float = 100.0) -> float | None:
+        return None if value is None else by * value
+
+    accuracy, told = found["accuracy"], lives(found)
+    numbers = [[name, scaled(found["metrics"][key], scale_of(key, unit)), unit, meaning]
+               for name, key, unit, meaning in METRICS]  # fmt: skip
+    tasks = []
+    for life in told:
+        task, by = life["task"], [life["learned_at"], life["gone_at"], life["final_at"]]
+        course = [None if i is None else scaled(accuracy[i][task]) for i in (*life["at"], -1)]
+        tasks.append([task, *by, *course, scaled(life["about"]["chance"])])
+    steps = [[step["request"], step["rows"], step["seconds"], *(scaled(accuracy[i][life["task"]]) for life in told)]
+             for i, step in enumerate(found["steps"])]  # fmt: skip
+    return {
+        "headline": (["number", "value", "unit", "meaning"], numbers),
+        "tasks": (["task", "learned by", "unlearned by", "finalised by", "when learned (%)", "when unlearned (%)",
+                   "end (%)", "guessing (%)"], tasks),
+        "requests": (["request", "rows", "seconds", *(f"task {life['task']} (%)" for life in told)], steps),
+    }  # fmt: skip
+
+
+def scale_of(key: str, unit: str) -> float:
+    """By what a stored number is multiplied to have its unit."""
+    return 100.0 if unit == "%" or key in FRACTIONS else 1.0
 
 
 def context(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +216,7 @@ def context(found: Mapping[str, Any]) -> dict[str, Any]:
         "steps": [step | {"spill": spilled.get(i), "gone_tasks": gone_at(found, i), "by_class": [v[i] for v in classes]}
                   for i, step in enumerate(found["steps"])],
         "wide": lanes(found, WIDE), "narrow": lanes(found, NARROW), "glyphs": (glyph(LEARNED), glyph(FORGOTTEN)),
+        "final": glyph(FINAL) if any(step["kind"] == "F" for step in found["steps"]) else "",
         "download": base64.b64encode(json.dumps(found, ensure_ascii=True).encode()).decode(),
     }  # fmt: skip
 
@@ -218,8 +261,7 @@ def lanes(found: Mapping[str, Any], width: float) -> str:
 
 def asked(found: Mapping[str, Any], task: int) -> dict[int, int]:
     """Position of a request about a task -> the marker of what it asked."""
-    return {i: LEARNED if step["kind"] == "L" else FORGOTTEN for i, step in enumerate(found["steps"])
-            if task in step["tasks"]}  # fmt: skip
+    return {i: MARKS[step["kind"]] for i, step in enumerate(found["steps"]) if task in step["tasks"]}
 
 
 def class_of(found: Mapping[str, Any], step: Mapping[str, Any]) -> list[str]:
@@ -243,7 +285,7 @@ def _lane(
         if value is None:
             continue
         spot, before = (x(i), y(value)), stretches[-1][0] if stretches else LEARNED
-        kind = marks.get(i, before)
+        kind = marks.get(i, before) if marks.get(i) != FINAL else before
         if not stretches:
             stretches.append((kind, [spot]))
         elif kind != before:  # the fall at a request to forget is drawn as forgotten
