@@ -241,7 +241,9 @@ def streamed(trainer: Trainer, artifact: Artifact, found: Mapping[str, Any], pag
         from .report.continual import tables
 
         run = logger.experiment
-        media = {name: wandb.Table(columns=heads, data=data) for name, (heads, data) in tables(found).items()}
+        media: dict[str, Any] = {
+            name: wandb.Table(columns=list(heads), data=data) for name, (heads, data) in tables(found).items()
+        }
         media |= {"curves/accuracy": _course(found), "report": wandb.Html(page)}
         run.log({"evaluation": 0} | media)
         _keep(run, artifact, {"report.html": page, "results.json": json.dumps(found)})
