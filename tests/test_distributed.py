@@ -17,6 +17,7 @@ from toy_data import Toy, refusal
 
 from vislearn import cli, methods, processes, trainer
 from vislearn import loader as loaders
+from vislearn.clusters import SlurmPool
 from vislearn.data import zip_loaders
 from vislearn.forget import RandomForget
 from vislearn.jobs import Job, run_all
@@ -24,7 +25,7 @@ from vislearn.learner import Classifier, Regressor
 from vislearn.loader import division, join_sets
 from vislearn.main import main
 from vislearn.store import Store
-from vislearn.workers import SlurmPool, Task
+from vislearn.workers import Task
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
 RECIPE = """

@@ -262,12 +262,12 @@ def test_workers_end_when_their_parent_is_killed(store):
 
 def test_slurm_without_submitit_says_what_to_install(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match="pip install submitit"):
+    with pytest.raises(UserError, match=r"pip install 'vislearn\[slurm\]'"):
         run_all([job(store, "ok", 1)], store, executor="slurm", target=toy)
 
 
 def test_an_unknown_executor_is_refused(store):
-    with pytest.raises(UserError, match="'local' or 'slurm'"):
+    with pytest.raises(UserError, match="choose 'local', 'slurm', 'joblib', 'ray' or 'dask'"):
         run_all([job(store, "ok", 1)], store, executor="pbs", target=toy)
 
 
@@ -285,9 +285,13 @@ class FakeSlurm:
     def submit(self, task):
         FakeSlurm.submitted += 1
         lost = FakeSlurm.submitted == 1
-        result = None if lost else task()
-        fault = RuntimeError("Job 17 was\nlost: node failure") if lost else None
-        return types.SimpleNamespace(done=lambda: True, exception=lambda: fault, result=lambda: result)
+
+        def result():
+            if lost:
+                raise RuntimeError("Job 17 was\nlost: node failure")
+            return task()
+
+        return types.SimpleNamespace(done=lambda: True, result=result)
 
 
 def test_slurm_through_submitit(store, monkeypatch):

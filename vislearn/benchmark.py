@@ -19,7 +19,7 @@ from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
 from .folders import storage_fault
-from .jobs import Job, Outcome, run_all
+from .jobs import EXECUTORS, Job, Outcome, run_all
 from .learner import Learner
 from .measure import TIERS
 from .method import UnlearningMethod, scenario
@@ -316,7 +316,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--root", metavar="DIR", help="where the data are, in place of the file's data.root")
     parser.add_argument("--store", default="artifacts", help="folder of the stored models (default: artifacts)")
     parser.add_argument("--workers", type=int, help="jobs that run at once (default: one per GPU, or else per core)")
-    parser.add_argument("--executor", default="local", choices=["local", "slurm"], help="where the jobs run")
+    parser.add_argument("--executor", default="local", choices=EXECUTORS, help="where the jobs run: "
+                        "processes kept warm here (local), joblib's, or a cluster of slurm, ray or dask (README)")
     parser.add_argument("--page", metavar="FILE", help="where the HTML page goes (default: in the store)")
     parser.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and stop")
     return parser.parse_args(list(argv))

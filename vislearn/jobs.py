@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vislearn import clusters
 from vislearn.errors import UserError
 from vislearn.progress import Display
 from vislearn.store import Store
@@ -16,13 +17,13 @@ from vislearn.workers import (
     Event,
     LocalPool,
     Pool,
-    SlurmPool,
     Task,
     available_cores,
     target_name,
     visible_devices,
 )
 
+EXECUTORS = ("local", "slurm", "joblib", "ray", "dask")
 ATTEMPTS = 2  # how often a job is tried whose worker was killed
 TICK = 0.2  # seconds between two looks at the workers
 
@@ -89,8 +90,9 @@ def run_all(
     Args:
         jobs: in any order; two jobs of one key are run once.
         store: where the artifacts are.
-        workers: how many at once; one per GPU, or one per core without GPUs, by default.
-        executor: "local", or "slurm" through submitit.
+        workers: how many at once; one per GPU, or one per core without GPUs, by default; more on a cluster.
+        executor: "local" for warm processes here, "joblib" for its processes here, "slurm" (submitit), "ray" or "dask"
+            for a cluster; see `make_pool`.
         quiet: print nothing.
         target: what the arguments are given to, "module:function" or a function at the top of a module.
         pool: workers of `make_pool` with the same target, kept for a further call; the caller stops them.
@@ -106,8 +108,7 @@ def run_all(
         return run.result()
     own = pool is None
     if pool is None:
-        workers = workers if workers is not None else _default_workers(executor)
-        pool = make_pool(store, min(max(1, workers), len(missing)), executor, run.target)
+        pool = make_pool(store, workers, executor, run.target, len(missing))
     run.display = Display(missing, pool.workers, quiet)
     if found := len(run.jobs) - len(missing):
         run.display.say(f"{found} of {len(run.jobs)} found in {store.root}")
@@ -127,19 +128,46 @@ def run_all(
     return run.result()
 
 
-def make_pool(store: Store, workers: int | None = None, executor: str = "local", target: Any = TARGET) -> Pool:
-    """Return workers that can be given to several calls of `run_all`; call `stop` on them at the end."""
-    count = max(1, workers if workers is not None else _default_workers(executor))
+def make_pool(
+    store: Store,
+    workers: int | None = None,
+    executor: str = "local",
+    target: str | Callable[..., Any] = TARGET,
+    most: int | None = None,
+) -> Pool:
+    """Return workers that can be given to several calls of `run_all`; call `stop` on them at the end.
+
+    "local" keeps its processes and their imports from job to job; the others start one for each job. "ray" and "dask"
+    use the cluster that they find, or start one here.
+
+    Args:
+        store: where the artifacts are; for a cluster on a disk that all nodes see.
+        workers: how many at once; by default one per GPU or core here, and as many as `clusters.QUEUED` on a cluster.
+        executor: one of `EXECUTORS`.
+        target: what the arguments are given to.
+        most: no more workers than that, where it is known how many jobs there will be.
+
+    Raises:
+        UserError: an executor that does not exist, is not installed or does not answer.
+    """
+    if executor not in EXECUTORS:
+        names = [repr(name) for name in EXECUTORS]
+        raise UserError(f"there is no executor {executor!r}; choose {', '.join(names[:-1])} or {names[-1]}")
+
+    def count(default: int) -> int:
+        wanted = max(1, default if workers is None else workers)
+        return wanted if most is None else min(wanted, most)
+
+    here, queued = count(len(visible_devices()) or available_cores()), count(clusters.QUEUED)
     logs = store.root / ".logs"
     if executor == "local":
-        return LocalPool(count, logs, target_name(target), visible_devices())
+        return LocalPool(here, logs, target_name(target), visible_devices())
+    if executor == "joblib":
+        return clusters.JoblibPool(here, logs)
     if executor == "slurm":
-        return SlurmPool(count, logs)
-    raise UserError(f"there is no executor {executor!r}; choose 'local' or 'slurm'")
-
-
-def _default_workers(executor: str) -> int:
-    return 64 if executor == "slurm" else len(visible_devices()) or available_cores()
+        return clusters.SlurmPool(queued, logs)
+    cluster = clusters.RayPool if executor == "ray" else clusters.DaskPool
+    return cluster(here, logs, queued)
 
 
 class _Run:

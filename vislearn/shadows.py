@@ -270,6 +270,11 @@ class Shadows:
     def run(self, workers: int | None = None, executor: str = "local", quiet: bool = False) -> Pool:
         """Make what is missing and read the pool; a shadow model that fails is left out, with a note.
 
+        Args:
+            workers: see `make_pool`.
+            executor: where they are made, one of `jobs.EXECUTORS`.
+            quiet: print nothing.
+
         Raises:
             UserError: too few shadow models could be made.
         """

@@ -24,6 +24,7 @@ from vislearn import sisa_fair, sisa_plan, sisa_planner, sisa_report
 from vislearn.arguments import Parser
 from vislearn.errors import UserError
 from vislearn.folders import whole
+from vislearn.jobs import EXECUTORS
 from vislearn.sisa_ensemble import Placement, place
 from vislearn.sisa_log import Request
 from vislearn.sisa_receipt import now, read_key
@@ -268,7 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--key", type=Path, metavar="FILE", help="key that signs receipts, where it is kept elsewhere")
     work = Parser(add_help=False, allow_abbrev=False)
     work.add_argument("--workers", type=int, default=0, help="processes that train shards; 0 trains in this one (0)")
-    work.add_argument("--executor", choices=("local", "slurm"), default="local", help="where workers run (local)")
+    where = "where workers run: local, joblib (both here), or a cluster of slurm, ray or dask (local)"
+    work.add_argument("--executor", choices=EXECUTORS, default="local", help=where)
     verbs = parser.add_subparsers(required=True, metavar="plan|fit|delete|retrain|status|predict|fair|verify")
 
     def verb(command: Callable[..., int], help: str, *parents: Parser) -> argparse.ArgumentParser:

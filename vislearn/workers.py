@@ -1,4 +1,4 @@
-"""Where jobs run: warm processes on this machine, or a SLURM cluster.
+"""Where jobs run on this machine: warm processes. Other people's executors are in `clusters`.
 
 A local worker is a fresh Python process that imports the command once and then runs one job after another, with what
 a job prints going to a file. Parent and worker talk over a socket pair. The parent knows which job each worker has, so
@@ -148,6 +148,11 @@ def last_error(log: Path) -> str:
         text = log.read_bytes()[-20_000:].decode(errors="replace")
     except OSError:
         return ""
+    return error_in(text)
+
+
+def error_in(text: str) -> str:
+    """Return the last error that a text tells, on one line; see `last_error`."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", ANSI.sub("", text)) if line.strip()]
     for i in range(len(lines) - 1, -1, -1):
         if ERROR.match(lines[i]):
@@ -168,8 +173,8 @@ class LocalPool:
     def __init__(self, workers: int, logs: Path, target: str = TARGET, devices: Sequence[str] = ()) -> None:
         self.workers, self.target, self.devices = workers, target, list(devices)
         self.log = logs / f"worker-{os.getpid()}.log"
-        self.idle: list[_Worker] = []
-        self.busy: list[_Worker] = []
+        self.idle: list[Worker] = []
+        self.busy: list[Worker] = []
 
     def free(self) -> bool:
         return bool(self.idle) or len(self.busy) < self.workers
@@ -198,34 +203,50 @@ class LocalPool:
                 worker.dismiss()
             deadline = time.monotonic() + PATIENCE
             for worker in everyone:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.process.wait(max(0.0, deadline - time.monotonic()))
+                worker.expect(max(0.0, deadline - time.monotonic()))
         finally:
             for worker in everyone:
                 worker.kill()
             if self.log.exists() and not self.log.stat().st_size:
                 self.log.unlink()
 
-    def _new(self) -> _Worker:
+    def _new(self) -> Worker:
         taken = [worker.device for worker in self.idle + self.busy]
         device = min(self.devices, key=taken.count) if self.devices else None
-        threads = max(1, available_cores() // self.workers)
-        return _Worker(self.target, device, threads, self.log)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        return Worker(self.target, device, threads_each(self.workers), self.log)
 
 
-class _Worker:
-    """The parent's side of one worker process."""
+class Worker:
+    """The parent's side of one worker process.
 
-    def __init__(self, target: str, device: str | None, threads: int, log: Path) -> None:
-        ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    Args:
+        target: the command as "module:function".
+        device: its CUDA_VISIBLE_DEVICES; None for those of this process.
+        threads: what it may use.
+        log: receives what it prints outside jobs.
+        folder: where it runs; None for where this process does.
+        paths: where it finds modules; None for where this process does.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        device: str | None,
+        threads: int,
+        log: Path,
+        folder: str | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> None:
+        paths = [path or os.getcwd() for path in sys.path] if paths is None else paths
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         self.number: int | None = None
         self.device, self.log = device, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, log.open("ab") as output:
+        with log.open("ab") as output, contextlib.ExitStack() as ends:
+            ours, theirs = (ends.enter_context(end) for end in socket.socketpair())
             # its own session: ctrl-C reaches the parent alone, which then decides what the workers do
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", START, *map(str, (theirs.fileno(), os.getpid(), threads)), target],
@@ -233,10 +254,11 @@ class _Worker:
                 stdout=output,
                 stderr=output,
                 env=environment,
+                cwd=folder,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self.link = connection.Connection(ours.detach())
+            self.link = connection.Connection(ours.detach())
 
     def give(self, task: Task) -> None:
         self.number = task.number
@@ -267,6 +289,11 @@ class _Worker:
                 os.kill(self.process.pid, signal.SIGINT)
         self.link.close()
 
+    def expect(self, seconds: float) -> None:
+        """Wait for its end, at most so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
     def kill(self) -> None:
         """End the process and whatever it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -282,79 +309,14 @@ class _Worker:
         return f"the worker process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-class SlurmPool:
-    """Jobs on a SLURM cluster through submitit; the store has to be on a disk that all nodes see.
-
-    Partition, time limit, account and GPUs are taken from sbatch's own variables, such as SBATCH_PARTITION,
-    SBATCH_TIMELIMIT and SBATCH_GPUS. A job that is pre-empted or out of time is queued again and goes on from where
-    its training was last saved.
-
-    Args:
-        workers: how many jobs may be queued or running at once.
-        logs: folder for submitit's own files.
-        cluster: "slurm", or submitit's "local" to try it without one.
-    """
-
-    def __init__(self, workers: int, logs: Path, cluster: str = "slurm") -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise UserError("executor 'slurm' needs submitit; install it with: pip install submitit") from None
-        self.workers = workers
-        self.executor = submitit.AutoExecutor(folder=str(logs / "slurm"), cluster=cluster)
-        self.executor.update_parameters(timeout_min=24 * 60, name="vislearn")
-        self.running: dict[int, Any] = {}
-
-    def free(self) -> bool:
-        return len(self.running) < self.workers
-
-    def start(self, task: Task) -> None:
-        paths = [os.path.abspath(path) for path in sys.path]
-        self.running[task.number] = self.executor.submit(SlurmTask(task, os.getcwd(), paths))
-
-    def wait(self, timeout: float) -> list[Event]:
-        ended = [number for number, job in self.running.items() if job.done()]
-        if not ended:
-            time.sleep(timeout)
-        events = []
-        for number in ended:
-            job = self.running.pop(number)
-            fault = job.exception()
-            if fault is None:
-                error, seconds = job.result()
-                events.append(Event(number, "ended", error=error, seconds=seconds))
-            else:
-                events.append(Event(number, "died", error=str(fault).strip().splitlines()[0][:300]))
-        return events
-
-    def stop(self) -> None:
-        for job in self.running.values():
-            job.cancel()
-        self.running = {}
-
-
-@dataclass
-class SlurmTask:
-    """What a cluster node runs; submitit calls `checkpoint` before it queues the job again."""
-
-    task: Task
-    folder: str
-    paths: list[str]  # where modules are found, the user's own among them
-
-    def __call__(self) -> tuple[str, float]:
-        os.chdir(self.folder)
-        sys.path += [path for path in self.paths if path not in sys.path]
-        return execute(load(self.task.target), self.task)
-
-    def checkpoint(self, *args: Any) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-
 def available_cores() -> int:
     """Return the processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_each(workers: int) -> int:
+    """Return the threads of one of several processes that share this machine."""
+    return max(1, available_cores() // workers)
 
 
 def visible_devices() -> list[str]:
@@ -369,9 +331,10 @@ def main(descriptor: int, parent: int, threads: int, target: str) -> None:
     """Be a worker: import the command, then run tasks until the parent closes the connection."""
     os.set_inheritable(descriptor, False)
     link, mutex = connection.Connection(descriptor), threading.Lock()
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=watch, args=(parent,), daemon=True).start()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # ray's processes block it, and pass that on
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to tidy up before the first task: end at once
     function = _import(target)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -414,7 +377,7 @@ def _import(target: str) -> Callable[[list[str]], Any]:
         return failing
 
 
-def _watch(parent: int) -> None:
+def watch(parent: int) -> None:
     """End this process soon after its parent, however the parent ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
