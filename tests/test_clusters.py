@@ -251,7 +251,7 @@ def test_no_cluster_of_ray_at_an_address(store, monkeypatch):  # noqa: F811
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match=r"no ray cluster at RAY_ADDRESS=127\.0\.0\.1:9: .*refused"):
+    with pytest.raises(UserError, match=r"no ray cluster could be joined at RAY_ADDRESS=127\.0\.0\.1:9: .*refused"):
         run_all([job(store, "ok", 1)], store, executor="ray", target=toy)
 
 

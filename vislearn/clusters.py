@@ -299,7 +299,7 @@ class RayPool(ProcessPool):
                 return False
         except ConnectionError as fault:
             if address:
-                raise UserError(f"there is no ray cluster at RAY_ADDRESS={address}: {fault}") from None
+                raise UserError(f"no ray cluster could be joined at RAY_ADDRESS={address}: {fault}") from None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent out for what is started unasked
         self.ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
         return True
