@@ -154,13 +154,14 @@ class ResNet(Network):
 
 
 class CNN(Network):
-    """Three 3x3 convolutions with 32, 64, 128 channels, maxima over 2x2 between them."""
+    """Three 3x3 convolutions, with 32, 64, 128 channels unless told, maxima over 2x2 between them."""
 
-    def __init__(self, num_outputs: int, in_channels: int, norm: Norm) -> None:
+    def __init__(
+        self, num_outputs: int, in_channels: int, norm: Norm, widths: tuple[int, int, int] = (32, 64, 128)
+    ) -> None:
         super().__init__()
-        widths = (in_channels, 32, 64, 128)
         self.body = nn.Sequential()
-        for i, (before, width) in enumerate(pairwise(widths)):
+        for i, (before, width) in enumerate(pairwise((in_channels, *widths))):
             self.body.extend([conv(before, width, 3, 1, norm), norm_layer(norm, width), nn.ReLU()])
             if i < 2:
                 self.body.append(nn.MaxPool2d(2))
@@ -307,6 +308,7 @@ OWN: dict[str, Callable[[int, int, int, Norm], Network]] = {
     "cnn_laf": lambda k, c, s, norm: of_paper("laf", "LAFCNN", k, c, s),
     "resnet18_laf": lambda k, c, s, norm: of_paper("laf", "LAFResNet18", k, c),
     "cnn": lambda k, c, s, norm: CNN(k, c, norm),
+    "cnn_small": lambda k, c, s, norm: CNN(k, c, norm, (16, 32, 32)),
     "allcnn": lambda k, c, s, norm: of_paper("allcnn", "AllCNN", k, c, norm),
     "allcnn_small": lambda k, c, s, norm: of_paper("allcnn", "AllCNN", k, c, norm, 12),
     "mlp": lambda k, c, s, norm: MLP(k, c, s),
@@ -314,7 +316,7 @@ OWN: dict[str, Callable[[int, int, int, Norm], Network]] = {
     "vit_digits": lambda k, c, s, norm: ViT(k, c, s, width=48, heads=3, depth=2),
 }
 # those that take another norm than their own
-NORMED = ("resnet8", "resnet20", "resnet18_cifar", "cnn", "allcnn", "allcnn_small")
+NORMED = ("resnet8", "resnet20", "resnet18_cifar", "cnn", "cnn_small", "allcnn", "allcnn_small")
 
 
 def build(
@@ -329,7 +331,7 @@ def build(
 
     Args:
         arch: `resnet8` and `vit_digits` (for 8x8 images), `resnet20`, `resnet18_cifar`, `vit_tiny_cifar`, `cnn`,
-            `allcnn`, `mlp`; `resnet9` and `wrn28_10` of the corrective unlearning benchmark; `cnn_laf` and
+            `cnn_small`, `allcnn`, `mlp`; `resnet9` and `wrn28_10` of the corrective unlearning benchmark; `cnn_laf` and
             `resnet18_laf` of label-agnostic forgetting; `mlp_128_64`, `gru` and `tft` for tables and series, with
             sizes in the name (see :mod:`vislearn.networks_tabular`); or any name that timm knows.
         num_outputs: outputs of the head.

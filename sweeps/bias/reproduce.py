@@ -140,7 +140,7 @@ def run(seed: int, digit: int, scale: Scale) -> dict[str, Any]:
     data = ColouredDigits(forget=ClassForget([digit]), **options)
     data.setup()
     seed_everything(seed, verbose=False)
-    model = Classifier("cnn", num_classes=10, in_channels=3, image_size=12, optimizer="adamw", lr=1e-3,
+    model = Classifier("cnn_small", num_classes=10, in_channels=3, image_size=12, optimizer="adamw", lr=1e-3,
                        weight_decay=0.0, schedule="constant", warmup_epochs=0)  # fmt: skip
     original = trained(model, ColouredDigits(**options), seed, scale.epochs)
     rows = {name: Rows.of(data, name) for name in ("forget", "retain", "test_forget", "test_retain")}
