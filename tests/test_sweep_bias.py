@@ -35,10 +35,14 @@ def test_every_expected_number_says_where_it_is_from() -> None:
     assert expected["paper"][0]["values"]["CUPID"] == 6.91
 
 
-def made(test: tuple[float, float], auc: float, widening: float, kept: tuple[float, float], forget: float = 8) -> dict:
+def made(test: tuple[float, float], auc: float, widening: float, kept: tuple[float, float], forget: float = 8,
+         known: float = 60.0) -> dict:  # fmt: skip
     groups = {"all": forget, "aligned": 5.0, "conflicting": 40.0}
     return {
-        "original": {"test_forget": {"all": 50.0, "aligned": test[0], "conflicting": test[1]}},
+        "original": {
+            "forget": {"conflicting": known},
+            "test_forget": {"all": 50.0, "aligned": test[0], "conflicting": test[1]},
+        },
         "auc": {0.01: auc},
         "ascent": {"widening": widening, "retain": kept[0], "forget": groups},
         "CUPID": {"retain": kept[1], "forget": groups},
@@ -53,6 +57,20 @@ def test_lines_of_acceptance(reproduce: Any) -> None:
     assert [holds for holds, _ in lines] == [False, False, False, False, False]
     assert "20, the least of the runs (wanted: at least 40)" in lines[0][1]
     assert lines[4][1].endswith("8 (wanted: at most 5)")
+
+
+def test_a_gap_that_has_no_room_to_widen_tells_nothing(reproduce: Any) -> None:
+    known, unknown = (made((100, 20), 0.95, 5, (95, 94), known=k) for k in (60.0, 7.5))
+    assert reproduce.accepted([made((100, 20), 0.95, 15, (95, 94)), unknown])[2] == (
+        True,
+        "points by which plain ascent widens the gap on the way: 15, the least of the runs (1 of 2 can tell) "
+        "(wanted: at least 10)",
+    )
+    assert reproduce.accepted([known, unknown])[2][0] is False
+    assert reproduce.accepted([unknown])[2] == (
+        None,
+        "points by which plain ascent widens the gap on the way: no original knows enough conflicting rows to lose 10",
+    )
 
 
 def test_rates_rise_from_the_smallest(reproduce: Any) -> None:

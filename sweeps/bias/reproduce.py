@@ -29,7 +29,7 @@ from vislearn.method import UnlearningMethod
 from vislearn.methods import CUPID, DELETE, BadTeacher, GradientAscent
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.roc import roc
-from vislearn.reproduction import NO_NUMBER, expected, finish, leave, parser, words
+from vislearn.reproduction import NO_NUMBER, Verdict, expected, finish, leave, parser, words
 from vislearn.trainer import DEFAULTS, Trainer
 
 HERE = Path(__file__).parent
@@ -152,20 +152,31 @@ def run(seed: int, digit: int, scale: Scale) -> dict[str, Any]:
     return found
 
 
-def accepted(found: list[dict[str, Any]]) -> list[tuple[bool, str]]:
-    """The lines of acceptance: whether each is reproduced, and the numbers."""
-    wanted, lines = EXPECTED["acceptance"], []
+def accepted(found: list[dict[str, Any]]) -> list[Verdict]:
+    """The lines of acceptance: whether each is reproduced, and the numbers.
+
+    That ascent widens the gap is asked of runs that can tell: it can grow by no more than the original has right of the
+    conflicting rows.
+    """
+    lines: list[Verdict] = []
+    wanted = EXPECTED["acceptance"]
     gaps = [r["original"]["test_forget"]["aligned"] - r["original"]["test_forget"]["conflicting"] for r in found]
     reached = [r["CUPID"]["forget"]["all"] <= 100 * TARGET and r["CUPID"]["retain"] >= 85 for r in found]
     behind = [r["ascent"]["retain"] - r["CUPID"]["retain"] for r in found]
-    values = {"test_gap": min(gaps), "auc": min(r["auc"][ETAS[0]] for r in found),
-              "widening": min(r["ascent"]["widening"] for r in found), "reached": sum(reached) / len(reached),
-              "behind": statistics.median(behind)}  # fmt: skip
+    room = [r["ascent"]["widening"] for r in found
+            if r["original"]["forget"]["conflicting"] >= wanted["widening"]["at_least"]]  # fmt: skip
+    values = {"test_gap": min(gaps), "auc": min(r["auc"][ETAS[0]] for r in found), "widening": min(room, default=None),
+              "reached": sum(reached) / len(reached), "behind": statistics.median(behind)}  # fmt: skip
     for name, value in values.items():
         least, most = wanted[name].get("at_least"), wanted[name].get("at_most")
+        if value is None:
+            lines.append((None, f"{wanted[name]['what']}: no original knows enough conflicting rows to lose {least}"))
+            continue
         holds = value >= least if least is not None else value <= most
         bound = f"at least {least}" if least is not None else f"at most {most}"
         of = "" if name in ("reached", "behind") else ", the least of the runs"
+        if name == "widening" and len(room) < len(found):
+            of += f" ({len(room)} of {len(found)} can tell)"
         lines.append((holds, f"{wanted[name]['what']}: {value:.3g}{of} (wanted: {bound})"))
     return lines
 
