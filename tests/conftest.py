@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from vislearn.cli import quiet
 
 # the networks are tiny: a second thread costs more than it does
 torch.set_num_threads(1)
+# a shell's background jobs ignore ctrl-C and pass that on; programs that tests start and interrupt must not
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,12 @@ from vislearn.hypernetwork_penalty import Held, distances
 from vislearn.strategy import GradientStrategy, task_logits
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The weights of a generator do not depend on the tests before."""
+    torch.manual_seed(0)
+
+
 class Closed(Blobs):
     """Says no to every reader of rows."""
 
@@ -92,7 +98,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("layout", ["by_layer", "release"])
 def test_learns_and_forgets_without_data(layout: str) -> None:
-    run = Run(generator(layout=layout, hidden=[32]), epochs=8, burn_in=60).learn(0, 1, 2)
+    run = Run(generator(layout=layout, hidden=[32]), epochs=20, burn_in=150).learn(0, 1, 2)
     assert min(run.accuracy(t) for t in range(3)) > 0.9
     before = run.numbers()
     run.unlearn(1)
@@ -103,7 +109,7 @@ def test_learns_and_forgets_without_data(layout: str) -> None:
     p = run.model.task_outputs(run.data.rows(1)[0], 1).softmax(1)
     assert (p.amax(1) - 1 / 3).max() < 0.1
     assert run.of.report["rms_after"] < 0.5 * run.of.report["rms_before"]
-    assert run.of.report["steps"] == 60
+    assert run.of.report["steps"] == 150
     assert all(math.isfinite(run.of.report[name]) for name in ("retention", "noise", "gradient_norm"))
     fresh = dict(generator().running.named_buffers())
     for name, value in run.model.running.named_buffers():
