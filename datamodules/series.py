@@ -121,7 +121,7 @@ class Series(ForgetDataModule):
         train, val, test = self._borders(len(times), test_fraction, where)
         scaled = {name: standardised(v, torch.arange(train)) for name, v in values.items()}
         self._series = torch.from_numpy(np.stack([scaled[name] for name in used], 1))
-        y = (scaled if scale_target else values)[target].astype(np.float32)
+        y = torch.from_numpy((scaled if scale_target else values)[target].astype(np.float32))
         self.channels, self.image_size = (window * len(used), 1) if flat else (len(used), window)
         self._starts = {True: self._cut(0, val), False: self._cut(val, test)}
         self._border = train
@@ -137,7 +137,7 @@ class Series(ForgetDataModule):
         for split, starts in self._starts.items():
             last = starts + window - 1
             end = last + steps_ahead
-            targets = torch.from_numpy(y)[end] - (torch.from_numpy(y)[last] if from_last else 0)
+            targets = y[end] - y[last] if from_last else y[end]
             self._labels[split] = Labels(targets, spans=torch.stack([times[starts], times[end]], 1))
 
     def source(self, train: bool) -> Windows:

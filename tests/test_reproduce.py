@@ -182,6 +182,16 @@ def test_the_table_has_the_largest_scale_and_what_was_not_run(tmp_path: Path) ->
     ]  # fmt: skip
 
 
+def test_what_was_asked_at_a_smaller_scale_alone_stays_in_the_table(tmp_path: Path) -> None:
+    small = [finding() | {"id": "a"}, finding("cannot be told") | {"id": "b"}]
+    found = table(papers(repository(tmp_path, smoke=small, paper=[finding("not reproduced") | {"id": "a"}])))
+    assert found.splitlines()[3:] == [
+        "| [second 2024](sweeps/second/README.md), paper | it \\| holds | 1 against 2 | **not reproduced** |",
+        "| [second 2024](sweeps/second/README.md), smoke | it \\| holds | 1 against 2 | cannot be told |",
+        "", "In all: 1 not reproduced, 1 cannot be told.",
+    ]  # fmt: skip
+
+
 def test_list_update_and_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = repository(tmp_path, smoke=[finding(), finding("cannot be told")])
     assert main([], folder) == 0

@@ -38,6 +38,14 @@ def test_what_is_measured_is_kept(latency: Any, tmp_path: Path, capsys: pytest.C
         run(latency, tmp_path, "--rows", "220", "--features", "7")
 
 
+def test_the_readme_holds_the_table(latency: Any) -> None:
+    assert [latency.figures(v) for v in (0.0921, 5.1649, 2351.9, 156069.9)] == ["0.0921", "5.16", "2,350", "156,000"]
+    folder = Path(latency.__file__).parent
+    start, end = latency.PLACE
+    found = json.loads((folder / "results.json").read_text())["found"]
+    assert f"{start}\n{latency.table(found)}\n{end}" in (folder / "README.md").read_text()
+
+
 def test_long_fits_are_left_out(latency: Any, tmp_path: Path) -> None:
     found = run(latency, tmp_path, "--rows", "220", "300", "400", "--most", "0")
     assert [len(rows) for rows in found["found"].values()] == [1, 1]

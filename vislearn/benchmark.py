@@ -25,10 +25,8 @@ from .measure import TIERS
 from .method import UnlearningMethod, scenario
 from .networks import without_public_weights
 from .plan import Plan, Tuned, read_method, read_plan, shipped
-from .results import audit_results, printable, results_of
+from .results import results_of
 from .store import Store, key, recipe
-
-__all__ = ["audit_results", "printable"]  # what the other verbs ask of this module
 
 JOB_KEYS = {
     "fit": ("seed_everything", "model", "data", "trainer"),

@@ -199,7 +199,7 @@ class CLI(LightningCLI):
             return
         comparison = (store[made].report or {})["comparison"]
         if self.trainer.loggers:
-            from .benchmark import audit_results
+            from .results import audit_results
 
             results = audit_results(comparison, datamodule, self.plain_config, ["vislearn", *self.argv])
             wandb_logging.compared(self.trainer, store[made], results)
@@ -211,7 +211,7 @@ class CLI(LightningCLI):
         tier = options["evaluation"]
         start = time.perf_counter()
         rule = runs.evaluate(model, datamodule, self.artifact_store, config=self.plain_config, **options)
-        from .benchmark import audit_results
+        from .results import audit_results
         from .report import write_page
 
         results = audit_results(rule, datamodule, self.plain_config, ["vislearn", *self.argv])
@@ -237,8 +237,8 @@ class CLI(LightningCLI):
 
 def show(rule: dict[str, Any], results: dict[str, Any] | None = None) -> None:
     """One rule's table in the terminal."""
-    from .benchmark import printable
     from .report import print_table
+    from .results import printable
 
     print_table(results or printable(rule))
 

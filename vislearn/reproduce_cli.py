@@ -98,7 +98,7 @@ def listed(found: Iterable[Paper]) -> str:
 
 
 def table(found: Iterable[Paper]) -> str:
-    """The table of the README: every finding at the largest scale that was run, and what was not run at all."""
+    """The table of the README: every finding at the largest scale where it was asked, and what was not run at all."""
     lines = ["| paper | claim | ours | reproduced? |", "|---|---|---|---|"]
     verdicts = []
     for each in found:
@@ -106,12 +106,20 @@ def table(found: Iterable[Paper]) -> str:
         if not each.results:
             lines.append(_row(title, each.about["claim"], "", NOT_RUN))
             continue
-        scale, results = list(each.results.items())[-1]
-        for at, finding in enumerate(results["findings"]):
-            verdicts.append(finding["verdict"])
-            said = f"**{finding['verdict']}**" if finding["verdict"] == VERDICTS[1] else finding["verdict"]
-            lines.append(_row("" if at else f"{title}, {scale}", finding["says"], finding["numbers"], said))
+        asked: set[str] = set()  # at a larger scale
+        for scale, results in reversed(each.results.items()):
+            left = [f for f in results["findings"] if identity(f) not in asked]
+            asked |= {identity(f) for f in left}
+            for at, finding in enumerate(left):
+                verdicts.append(finding["verdict"])
+                said = f"**{finding['verdict']}**" if finding["verdict"] == VERDICTS[1] else finding["verdict"]
+                lines.append(_row("" if at else f"{title}, {scale}", finding["says"], finding["numbers"], said))
     return "\n".join([*lines, "", f"In all: {counted(verdicts)}."])
+
+
+def identity(finding: Mapping[str, Any]) -> str:
+    """What makes a finding the same at two scales."""
+    return str(finding.get("id", finding["says"]))
 
 
 def _row(*cells: str) -> str:

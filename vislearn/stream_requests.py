@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from .errors import UserError
 
@@ -20,6 +20,7 @@ FORMS = {"L": re.compile(NUMBER), "U": re.compile(rf"{NUMBER}(\+{NUMBER})*"), "C
 MEANT = {"L": "L3 learns task 3", "U": "U3 unlearns task 3, U1+3 both", "C": "C4 or Ccat unlearns a class",
          "D": "D50 deletes 50 rows", "F": "F3 finalises task 3, so that it stays"}  # fmt: skip
 
+Kind = Literal["L", "U", "C", "D", "F"]
 UNLEARN = frozenset("UCD")  # the requests after which something is forgotten
 
 
@@ -36,7 +37,7 @@ class Request:
     """
 
     text: str
-    kind: Literal["L", "U", "C", "D", "F"]
+    kind: Kind
     tasks: tuple[int, ...] = ()
     item: str = ""
     count: int = 0
@@ -121,7 +122,7 @@ def _one(text: str, number: int) -> Request:
     tasks = tuple(int(part) for part in rest.split("+"))
     if len(set(tasks)) < len(tasks):
         raise UserError(f"{where} names a task twice (--requests)")
-    return Request(text, "U", tasks) if kind == "U" else Request(text, "F" if kind == "F" else "L", tasks)
+    return Request(text, cast(Kind, kind), tasks)
 
 
 def standings(requests: Sequence[Request], tasks: int | None = None) -> list[Standing]:
