@@ -211,8 +211,8 @@ class CLI(LightningCLI):
         tier = options["evaluation"]
         start = time.perf_counter()
         rule = runs.evaluate(model, datamodule, self.artifact_store, config=self.plain_config, **options)
-        from .results import audit_results
         from .report import write_page
+        from .results import audit_results
 
         results = audit_results(rule, datamodule, self.plain_config, ["vislearn", *self.argv])
         results |= {"evaluation": {"tier": tier}, "seconds": time.perf_counter() - start}
