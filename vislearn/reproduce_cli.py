@@ -107,7 +107,7 @@ def table(found: Iterable[Paper]) -> str:
             lines.append(_row(title, each.about["claim"], "", NOT_RUN))
             continue
         asked: set[str] = set()  # at a larger scale
-        for scale, results in reversed(each.results.items()):
+        for scale, results in reversed(list(each.results.items())):
             left = [f for f in results["findings"] if identity(f) not in asked]
             asked |= {identity(f) for f in left}
             for at, finding in enumerate(left):
