@@ -10,7 +10,7 @@ import toy_weights as toys
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vislearn import audit, runs
+from vislearn import artifacts, audit
 from vislearn.comparison import compare, rule_facts
 from vislearn.data import ForgetDataModule, Labels, Memory
 from vislearn.forget import ClassForget
@@ -102,7 +102,7 @@ def test_random_weights_are_caught_by_utility(told: dict[str, Any]) -> None:
 
 
 def test_the_comparison_is_plain_data_without_a_number_that_is_none(told: dict[str, Any]) -> None:
-    assert json.loads(json.dumps(runs.as_json(told)))["methods"][0]["name"] == "like"
+    assert json.loads(json.dumps(artifacts.as_json(told)))["methods"][0]["name"] == "like"
     groups = [*told["models"].values(), *told["methods"]]
     assert all(isinstance(v, float) and v == v for g in groups for values in g["metrics"].values() for v in values)
 

@@ -89,14 +89,14 @@ def test_the_stored_config_lands_on_the_same_key(at_home: Path, capsys: pytest.C
 
 
 def test_reloaded_model_gives_the_stored_outputs_to_the_last_digit(at_home: Path) -> None:
-    from vislearn import evaluation, runs
+    from vislearn import artifacts, evaluation
     from vislearn.datamodules import Digits
 
     store = Store("artifacts")
     artifact = store[store.keys()[0]]
     data = Digits(batch_size=128)
     data.setup()
-    again = evaluation.predict(runs.load_learner(artifact), data)
+    again = evaluation.predict(artifacts.load_learner(artifact), data)
     stored = evaluation.load_outputs(artifact.outputs)
     assert all(torch.equal(again[s].outputs, stored[s].outputs) for s in evaluation.SPLITS)
 
@@ -201,7 +201,8 @@ def test_a_timm_checkpoint_from_elsewhere_is_audited(at_home: Path, capsys: pyte
 
 
 def test_the_trainer_unlearns_in_python_without_a_store(at_home: Path) -> None:
-    from vislearn import Trainer, runs
+    from vislearn import Trainer
+    from vislearn.artifacts import load_learner
     from vislearn.datamodules import Digits
     from vislearn.forget import ClassForget
     from vislearn.methods import FineTune
@@ -210,7 +211,7 @@ def test_the_trainer_unlearns_in_python_without_a_store(at_home: Path) -> None:
     kept = [store[k] for k in store.keys() if store[k].meta["kind"] == "fit"]  # noqa: SIM118
     original = next(a for a in kept if "forget" not in a.recipe["data"]["init_args"])
     retrained = [a.key for a in kept if a is not original]
-    model, data = runs.load_learner(original), Digits(batch_size=128, forget=ClassForget([3]))
+    model, data = load_learner(original), Digits(batch_size=128, forget=ClassForget([3]))
     before, count = {k: v.clone() for k, v in model.state_dict().items()}, len(store.keys())
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     unlearned, comparison = trainer.unlearn(model, data, FineTune(epochs=1), retrained=retrained)

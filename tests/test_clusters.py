@@ -105,7 +105,7 @@ def test_modules_folder_and_threads_are_handed_on(store, executor, tmp_path, mon
 
 
 def test_stop_ends_what_runs_and_what_waits(store, executor):  # noqa: F811
-    pool = make_pool(store, 4, executor, TOY)  # of which ray and dask run two at once
+    pool = make_pool(store.logs, 4, executor, TOY)  # of which ray and dask run two at once
     for number in range(4):
         assert pool.free()
         pool.start(Task(number, job(store, "slow", number).argv, store.log(name(number)), target=TOY))
@@ -121,6 +121,26 @@ def test_stop_ends_what_runs_and_what_waits(store, executor):  # noqa: F811
     assert len(ran(store)) == begun
     assert store.keys() == []
     assert not list((store.root / ".logs").glob("tasks-*"))
+
+
+def test_one_task_is_ended_and_the_others_go_on(store, executor):  # noqa: F811
+    pool = make_pool(store.logs, 2, executor, TOY)
+    try:
+        for number, what in enumerate(("slow", "ok")):
+            pool.start(Task(number, job(store, what, number).argv, store.log(name(number)), target=TOY))
+        wait_until(lambda: (store.root / "ran.txt").exists() and len(ran(store)) == 2, 60.0)
+        start = time.monotonic()
+        pool.end(0)
+        assert time.monotonic() - start < 9.0  # seconds; the command itself takes ten
+        assert pool.free()
+        pool.end(0)  # twice does no harm
+        events = []
+        wait_until(lambda: events.extend(pool.wait(0.2)) or events, 30.0)
+        assert [(event.number, event.kind, event.error) for event in events] == [(1, "ended", "")]
+        assert alive(store) == []
+        assert store.keys() == [name(1)]
+    finally:
+        pool.stop()
 
 
 # one that is started for the jobs
@@ -191,7 +211,7 @@ def test_the_scripts_own_client_of_dask_is_used_and_kept(store, dask_cluster):  
 
 def test_joblib_deals_out_devices(store, monkeypatch):  # noqa: F811
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    pool = make_pool(store, None, "joblib", TOY)
+    pool = make_pool(store.logs, None, "joblib", TOY)
     try:
         assert pool.workers == 2
         errands = []

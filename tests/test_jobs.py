@@ -151,7 +151,7 @@ def test_a_circle_is_refused(store):
 
 
 def test_workers_can_be_kept_for_several_calls(store):
-    pool = jobs.make_pool(store, 1, target=toy)
+    pool = jobs.make_pool(store.logs, 1, target=toy)
     try:
         for n in (1, 2):
             assert states(run_all([job(store, "ok", n)], store, pool=pool, target=toy, quiet=True)) == ["made"]

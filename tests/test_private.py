@@ -353,7 +353,7 @@ def test_without_opacus_the_command_that_installs_it_is_said(monkeypatch: pytest
 def test_the_command_stores_a_private_model_that_methods_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vislearn import evaluation, runs
+    from vislearn import artifacts, evaluation
     from vislearn.datamodules import Digits
 
     monkeypatch.chdir(tmp_path)
@@ -369,7 +369,7 @@ def test_the_command_stores_a_private_model_that_methods_take(
     assert not [key for key in load_file(artifact.weights) if "_module" in key]
     data = Digits(batch_size=30, train_rows=100)
     data.setup()
-    again = evaluation.predict(runs.load_learner(artifact), data)
+    again = evaluation.predict(artifacts.load_learner(artifact), data)
     assert torch.equal(again["test"].outputs, evaluation.load_outputs(artifact.outputs)["test"].outputs)
     main(["unlearn", *recipe, "--data.forget=ClassForget", "--data.forget.classes=[3]", "--method=SSD"])
     unlearned = next(store[k] for k in store.keys() if store[k].meta["kind"] == "unlearn")  # noqa: SIM118

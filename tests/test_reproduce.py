@@ -3,8 +3,10 @@
 import argparse
 import ast
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from vislearn.reproduce_cli import END, START, main, papers, sweeps, table, upda
 
 README = SWEEPS.parent / "README.md"
 NAMES = sorted(p.parent.name for p in SWEEPS.glob("*/reproduce.py"))
+STARTED = time.monotonic()
+MINUTES = float(os.environ.get("VISLEARN_SMOKE_MINUTES", "inf"))  # no script is begun after that
 NEW = ("baselines", "ssd", "suppression_or_deletion", "truly_forgetting")
 FILES = sorted(p for name in NEW for p in [*SWEEPS.glob(f"{name}/*/*.yaml"), *(SWEEPS / name).glob("*.yaml")]
                if p.stem not in ("sweep", "spaces", "recipe"))  # fmt: skip
@@ -336,14 +340,24 @@ def test_smoke_files_lay_out_their_jobs(file: Path, tmp_path: Path, capsys: pyte
     assert ("retrained, rule 1, seed 1002" in out) == (file.stem not in ("random", "classes"))
 
 
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> str:
+    """One store for all scripts, whichever process they are tested in: several of them begin with the same models."""
+    base = tmp_path_factory.getbasetemp()
+    return str((base if worker_id == "master" else base.parent) / "scripts")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_script_runs_at_smoke_scale(name: str, tmp_path: Path) -> None:
+def test_every_script_runs_at_smoke_scale(name: str, shared_store: str, tmp_path: Path) -> None:
+    if (time.monotonic() - STARTED) / 60 > MINUTES:
+        pytest.skip(f"{MINUTES:g} minutes are over (VISLEARN_SMOKE_MINUTES)")
     made = tmp_path / "results.json"
     script = str(SWEEPS / name / "reproduce.py")
     shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-    store = ["--store", str(tmp_path / "artifacts")] if "--store" in shown else []
-    subprocess.run([sys.executable, script, "--scale", "smoke", "--json", str(made), *store], check=True, cwd=tmp_path)
+    one = ["--workers", "1"] if "--workers" in shown else []  # another script has the other core
+    words = [sys.executable, script, "--scale", "smoke", "--json", str(made), "--store", shared_store, *one]
+    subprocess.run(words, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     content = json.loads(made.read_text())
     assert (content["paper"], content["scale"], content["failures"]) == (name, "smoke", [])
     assert content["findings"]

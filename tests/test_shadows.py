@@ -307,7 +307,7 @@ def test_the_pool_is_what_the_stored_models_say(made: Shadows) -> None:
 
 def test_reading_again_needs_no_model(made: Shadows, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made.pool()
-    monkeypatch.setattr("vislearn.runs.load_learner", lambda artifact: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vislearn.artifacts.load_learner", lambda artifact: pytest.fail("a model was loaded"))
     assert np.array_equal(made.pool().phi, first.phi)
 
 

@@ -43,7 +43,7 @@ def made(test: tuple[float, float], auc: float, widening: float, kept: tuple[flo
             "forget": {"conflicting": known},
             "test_forget": {"all": 50.0, "aligned": test[0], "conflicting": test[1]},
         },
-        "auc": {0.01: auc},
+        "auc": {"0.01": auc},
         "ascent": {"widening": widening, "retain": kept[0], "forget": groups},
         "CUPID": {"retain": kept[1], "forget": groups},
     }

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
+from vislearn import clusters
 from vislearn.sweep import Search, Trial
 from vislearn.sweep_cli import devices, main
 
@@ -130,13 +132,14 @@ def test_caps_counts_and_targets(capsys):
     assert "vislearn: error" not in capsys.readouterr().err
 
 
-def test_hopeless_trials_are_stopped_early(monkeypatch):
+@pytest.mark.parametrize("executor", ["local", "joblib"])
+def test_hopeless_trials_are_stopped_early(executor, monkeypatch):
     monkeypatch.setattr("vislearn.sweep_cli.LOOK", 0.1)
     sweep(
         {"x": {"values": [3, 4, 9]}, "steps": {"value": 150}, "wait": {"value": 0.02}},
         early_terminate={"type": "hyperband", "min_iter": 10, "eta": 2},
     )  # fmt: skip
-    assert run("--jobs", "3") == 0
+    assert run("--jobs", "3", f"--executor={executor}") == 0
     good, fair, bad = results()["trials"]
     # of three the threshold is the second; of the two that are left it is the worse one
     assert (good["state"], fair["state"], bad["state"]) == ("finished", "finished", "stopped")
@@ -197,6 +200,26 @@ def test_gpus_are_dealt_out_in_groups(monkeypatch):
     assert devices(1) == []
     with pytest.raises(Exception, match="--gpus-per-job=2"):
         devices(2)
+
+
+@pytest.mark.parametrize(("executor", "module"), [("slurm", "submitit"), ("ray", "ray"), ("dask", "distributed")])
+def test_trials_go_to_an_executor(executor, module, monkeypatch, request):
+    pytest.importorskip(module)
+    if executor == "slurm":  # submitit's own stand-in for a cluster
+        monkeypatch.setattr(clusters, "SlurmPool", partial(clusters.SlurmPool, cluster="local"))
+    sweep({"x": {"values": [5, 3]}, "fail": {"values": [False, True]}})
+    assert run("--jobs", "2", f"--executor={executor}") == 1
+    assert [(t["state"], t["metric"]) for t in results()["trials"] if t["state"] == "finished"] == [
+        ("finished", 5.0), ("finished", 1.0)
+    ]  # fmt: skip
+    assert not list(Path("o/trials").glob("tasks-*"))
+
+
+def test_the_gpus_of_a_cluster_are_not_ours_to_deal_out(capsys):
+    sweep({"x": {"values": [5, 3]}})
+    assert run("--gpus-per-job=2", "--executor=slurm") == 2
+    assert "--executor=slurm those of a cluster: leave it out (SLURM: SBATCH_GPUS)" in capsys.readouterr().err
+    assert not Path("o").exists()
 
 
 def test_help_needs_neither_torch_nor_the_engine():

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 from toy_data import refusal
 
-from vislearn import runs, workers
+from vislearn import artifacts, workers
 from vislearn.benchmark import Resolver
 from vislearn.comparison import rule_facts
 from vislearn.main import main
@@ -305,7 +305,7 @@ def test_an_unlearned_shadow_model_starts_from_its_own_training(ran: tuple[Shado
 
 def test_the_number_of_every_model_of_the_audit(ran: tuple[Shadows, Pool, dict[str, str]]) -> None:
     shadows, pool, keys = ran
-    models = {name: runs.artifact_subject(shadows.store[key]) for name, key in keys.items()}
+    models = {name: artifacts.artifact_subject(shadows.store[key]) for name, key in keys.items()}
     sets = {k: v for k, v in rule_facts(shadows.data)["sets"].items() if k != "train" and len(v)}
     given = Bench(sets, models["original"], shadows.data, shared={THIRDS: pool})
     for name, model in models.items():

@@ -14,8 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from . import progress, runs
+from . import progress
 from .arguments import Parser, read_config
+from .artifacts import artifact_subject, as_json, check_ledger, machine, versions
 from .comparison import rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
@@ -24,6 +25,7 @@ from .measure import BATCH, SAMPLE, TIERS, Bench, Curve, Found, Measure, Subject
 from .measures import MEASURES
 from .measures.traces import malicious_requests
 from .requests import as_function
+from .runs import Say
 from .store import Artifact, Store, key, recipe
 
 # what a tier costs per model, roughly: rows of a forward pass (a row trained on counts three), and seconds besides
@@ -140,12 +142,12 @@ def make(subject: Subject, bench: Bench, tier: Tier, store: Store, plan: Mapping
             for layer, z in bench.activations(subject, where).items()
         }  # fmt: skip
         with store.writing(name) as folder:
-            meta = {"kind": "measure", "seconds": time.perf_counter() - start, "versions": runs.versions(),
-                    "machine": runs.machine(bench.device), "created": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
+            meta = {"kind": "measure", "seconds": time.perf_counter() - start, "versions": versions(),
+                    "machine": machine(bench.device), "created": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
             content = {"numbers": found.numbers, "notes": found.notes, "activations": list(activations),
                        "curves": {k: {"x": list(c.x), "y": list(c.y)} for k, c in found.curves.items()}}  # fmt: skip
             for file, what in (("recipe", plan), ("meta", meta), ("found", content)):
-                (folder / f"{file}.json").write_text(json.dumps(runs.as_json(what), indent=1))
+                (folder / f"{file}.json").write_text(json.dumps(as_json(what), indent=1))
             (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
             if activations:
                 save_file(activations, folder / "activations.safetensors")
@@ -168,7 +170,7 @@ def evaluated(subjects: Iterable[Subject], bench: Bench, tier: Tier, store: Stor
 
 def shadow_pools(
     config: dict, audited: Sequence[str], method: dict | None, store: Store, models: int, workers: int | None,
-    say: runs.Say,
+    say: Say,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Shadow models for LiRA and RMIA, and for U-LiRA where the method is known: two mappings for `compare`.
 
@@ -215,9 +217,9 @@ def _bench(original: str, data: str, store: str, seed: int) -> Bench:
     module: ForgetDataModule = _resolver().data({"data": json.loads(data)})
     module.setup()
     artifact = Store(store)[original]
-    runs.check_ledger(artifact, module)
+    check_ledger(artifact, module)
     sets = {k: v for k, v in rule_facts(module)["sets"].items() if k != "train" and len(v)}
-    return Bench(sets, runs.artifact_subject(artifact), module, seed)
+    return Bench(sets, artifact_subject(artifact), module, seed)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -232,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
     store = Store(options.store)
     bench = _bench(config["original"], json.dumps(config["data"]), options.store, config["seed"])
     artifact = store[config["of"]]
-    subject = bench.original if artifact.key == bench.original.key else runs.artifact_subject(artifact)
+    subject = bench.original if artifact.key == bench.original.key else artifact_subject(artifact)
     plan = plan_of(config["of"], config["original"], config, config["tier"], config["seed"])
     try:
         made = make(subject, bench, config["tier"], store, plan, config)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import yaml
 
-from . import audit, runs
+from . import artifacts, audit
 from . import evaluation as ev
 from .arguments import Parser
 from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
-from .folders import storage_fault
+from .folders import storage_fault, whole
 from .jobs import EXECUTORS, Job, Outcome, run_all
 from .learner import Learner
 from .measure import TIERS
@@ -250,7 +250,7 @@ def gather(
     def subjects(rule: int, keys: Mapping[int, str]) -> list[ev.Subject]:
         for seed, name in keys.items():
             if name in store and name not in known:
-                known[name] = runs.artifact_subject(store[name])
+                known[name] = artifacts.artifact_subject(store[name])
                 known[name].seed = seed
         out = [copy.copy(known[name]) for name in keys.values() if name in known]
         for subject in out:  # what was found about a model depends on the rule
@@ -347,7 +347,7 @@ def main(argv: Sequence[str]) -> int:
     data = sheet.data
     found = [name for name in sheet.originals.values() if name in store]
     if found:
-        runs.check_ledger(store[found[0]], data[0])  # the key leaves out where the data are
+        artifacts.check_ledger(store[found[0]], data[0])  # the key leaves out where the data are
     missing = [j for j in sheet.jobs if j.key not in store]
     print(f"{plan.title}: {len(sheet.jobs)} models, {len(missing)} to make, in {store.root}", flush=True)
     to_measure = {j.needs[-1] for j in missing if j.argv[0] == "measure"}
@@ -361,7 +361,7 @@ def main(argv: Sequence[str]) -> int:
     outcomes = run_all(sheet.jobs, store, workers=options.workers or plan.workers, executor=options.executor)
     pools = ask_shadows(plan, sheet, store, resolve, options) if plan.evaluation == "thorough" else {}
     rules = gather(plan, sheet, outcomes, store, pools)
-    failures = [{"title": o.job.title, "error": o.error, "log": str(store.root / ".logs" / f"{o.job.key}.log")}
+    failures = [{"title": o.job.title, "error": o.error, "log": str(store.log(o.job.key))}
                 for o in outcomes if o.state in ("failed", "skipped")]  # fmt: skip
     results = results_of(
         rules, data[0], sheet.configs[0], ["vislearn", "benchmark", *argv], title=plan.title, kind="benchmark",
@@ -380,7 +380,8 @@ def publish(results: dict[str, Any], store: Store, page: Path | None, title: str
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_page(results, page)
-        page.with_suffix(".json").write_text(json.dumps(runs.as_json(results), indent=1))
+        with whole(page.with_suffix(".json")) as beside:
+            beside.write_text(json.dumps(artifacts.as_json(results), indent=1))
     except OSError as error:
         raise UserError(f"cannot write the report {page}: {error.strerror}; choose another place with --page") from None
     print_table(results)

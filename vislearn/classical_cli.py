@@ -147,18 +147,18 @@ def about(
     """The report: what was asked, what was found, and where."""
     from importlib.metadata import version
 
-    from . import runs
+    from . import artifacts
 
     sizes = {each: len(data.indices[each]) for each in SETS if each in data.indices and len(data.indices[each])}
     versions = {package: version(package) for package in ("scikit-learn", "numpy", "scipy")}
     facts = {
         "kind": "classical", "created": datetime.datetime.now().isoformat(timespec="seconds"),
-        "command": shlex.join(command), "machine": runs.machine() | runs.versions() | versions,
+        "command": shlex.join(command), "machine": artifacts.machine() | artifacts.versions() | versions,
         "estimator": {"name": name, "arguments": estimator.get_params(deep=False)},
         "data": {"name": data.name, "fingerprint": data.fingerprint(), "sizes": sizes, "config": config,
                  "forget": data.forget.describe(data.labels(train=True)) if data.forget else ""},
     }  # fmt: skip
-    return runs.as_json(facts | dict(found))
+    return artifacts.as_json(facts | dict(found))
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -75,6 +75,10 @@ class FuturesPool:
             time.sleep(timeout)
         return [self._event(number, self.running.pop(number)) for number in ended]
 
+    def end(self, number: int) -> None:
+        if number in self.running:
+            self.cancel(self.running.pop(number))
+
     def stop(self) -> None:
         for future in self.running.values():
             self.cancel(future)
@@ -161,6 +165,20 @@ class ProcessPool(FuturesPool):
         ticket = self.folder / f"{task.number}-{task.attempt}"
         return Errand(task, os.getcwd(), _paths(), ticket, self.threads, device)
 
+    def end(self, number: int) -> None:
+        """End the task of that number: not begun by the executor, or else after an interrupt that lets it tidy up."""
+        future = self.running.pop(number, None)
+        if future is None:
+            return
+        deadline = time.monotonic() + local.PATIENCE + 4 * LOOK
+        while not future.done() and time.monotonic() < deadline:
+            begun = list(self.folder.glob(f"{number}-*"))  # one that begins while it is taken back is found next time
+            for ticket in begun:
+                ticket.unlink(missing_ok=True)
+            if not begun:
+                self.cancel(future)
+            time.sleep(0.05)
+
     def stop(self) -> None:
         """End all tasks: those not begun by the executor, the others after an interrupt that lets them tidy up."""
         if not self.folder.exists():  # stopped before
@@ -237,9 +255,9 @@ class Errand:
 class JoblibPool(ProcessPool):
     """Processes of joblib's loky on this machine, with the GPUs dealt out."""
 
-    def __init__(self, workers: int, logs: Path) -> None:
+    def __init__(self, workers: int, logs: Path, devices: Sequence[str] = ()) -> None:
         self.executor = self._executor(workers)
-        super().__init__(workers, logs, threads_each(workers), visible_devices())
+        super().__init__(workers, logs, threads_each(workers), devices)
 
     def submit(self, task: Task) -> Any:
         errand = self.errand(task)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from . import progress, runs
+from .artifacts import as_json, check_ledger, machine, versions
 from .continual_state import load_state, save_state
 from .continual_steps import Step, check, lay_out, named_view, view_of
 from .data import ForgetDataModule, batches
@@ -48,7 +49,6 @@ from .tasks import TaskStream, as_stream
 from .trainer import Progress, Trainer
 
 BATCH = 512  # test rows at once; a network that reads the statistics of its batch wants many
-Say = Callable[[str], None]
 Log = Callable[[int, Mapping[str, Any]], None]
 
 
@@ -142,7 +142,7 @@ def stream_of(
                   store or Store(), keep, relearn)  # fmt: skip
 
 
-def carry_out(stream: Stream, say: Say = print, log: Log = lambda number, record: None) -> None:
+def carry_out(stream: Stream, say: runs.Say = print, log: Log = lambda number, record: None) -> None:
     """Make every step that is not in the store.
 
     Args:
@@ -153,7 +153,7 @@ def carry_out(stream: Stream, say: Say = print, log: Log = lambda number, record
     keys = [stream.key(i) for i in range(len(stream.steps))]
     done = max((i + 1 for i, name in enumerate(keys) if name in stream.store), default=0)
     if done:
-        runs.check_ledger(stream.store[keys[done - 1]], stream.data)  # the key leaves out where the data are
+        check_ledger(stream.store[keys[done - 1]], stream.data)  # the key leaves out where the data are
         say(f"{done} of {len(keys)} requests are carried out already: {stream.store[keys[done - 1]].path}")
     else:
         _ = stream.ledger  # a file that cannot be read is found before anything is trained
@@ -186,7 +186,7 @@ def make(stream: Stream, number: int) -> None:
     learner = learner.to(stream.trainer.strategy.root_device).eval()
     outputs = predict(learner, strategy, stream.data, stream.setting)
     record = {"request": step.request.text, "kind": step.request.kind, "tasks": list(step.request.tasks),
-              "rows": len(step.rows), "seconds": seconds, "report": runs.as_json(report),
+              "rows": len(step.rows), "seconds": seconds, "report": as_json(report),
               **measured(outputs, stream.data, step)}  # fmt: skip
     write(stream, number, learner, strategy, outputs, [*stream.records(number - 1), record])
 
@@ -327,8 +327,8 @@ def write(
 ) -> None:  # fmt: skip
     """Store a step; whatever is stopped on the way leaves no folder of that name."""
     plan, name = stream.plan(number + 1), stream.key(number)
-    meta = {"kind": "continual", "learner": learner.spec, "versions": runs.versions(),
-            "machine": runs.machine(stream.trainer.strategy.root_device), "seconds": records[-1]["seconds"],
+    meta = {"kind": "continual", "learner": learner.spec, "versions": versions(),
+            "machine": machine(stream.trainer.strategy.root_device), "seconds": records[-1]["seconds"],
             "keep": stream.keep, "created": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
     files = {"recipe": plan, "split": stream.ledger, "meta": meta, "report": {"steps": records}}
     tensors = {f"{task}/{part}": tensor.contiguous() for task, of in outputs.items()
@@ -338,9 +338,9 @@ def write(
         save_state(strategy.state(), folder)
         save_file(tensors, folder / "tasks.safetensors")
         config = dict(stream.config) | {"requests": stream.texts[: number + 1]}
-        (folder / "config.yaml").write_text(yaml.safe_dump(runs.as_json(config), sort_keys=False), encoding="utf-8")
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_json(config), sort_keys=False), encoding="utf-8")
         for file, content in files.items():
-            (folder / f"{file}.json").write_text(json.dumps(runs.as_json(content), indent=1), encoding="utf-8")
+            (folder / f"{file}.json").write_text(json.dumps(as_json(content), indent=1), encoding="utf-8")
 
 
 def described(stream: Stream, number: int) -> str:

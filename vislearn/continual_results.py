@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import progress, runs
+from . import artifacts, progress
 from .continual import Outputs, Stream, predict, restored
 from .data import batches
 from .learner import Learner
@@ -48,11 +48,11 @@ def results(stream: Stream) -> dict[str, Any]:
         "stability": [vars(row) for row in metrics.stability(table, requests, chance)],
         "attacks": kept(stream, "attacks", lambda: attacks(stream)),
         "relearning": kept(stream, f"relearning-{stream.relearn}", lambda: relearning(stream, steps, stream.relearn)),
-        "relearn": stream.relearn, "versions": runs.versions(),
-        "machine": runs.machine(stream.trainer.strategy.root_device),
+        "relearn": stream.relearn, "versions": artifacts.versions(),
+        "machine": artifacts.machine(stream.trainer.strategy.root_device),
         "recipe": dict(stream.config),
     }  # fmt: skip
-    return runs.as_json(found | {"warnings": warnings(stream, table, chance, steps, found)})
+    return artifacts.as_json(found | {"warnings": warnings(stream, table, chance, steps, found)})
 
 
 def matrix(steps: list[dict[str, Any]], tasks: int) -> Tensor:
@@ -121,7 +121,7 @@ def kept(stream: Stream, name: str, make: Callable[[], dict[str, Any]]) -> dict[
     key = stream.key(len(stream.steps) - 1)
     path = stream.store.cache(key, f"{name}.json")
     if not path.exists():
-        found = json.dumps(runs.as_json(make()))
+        found = json.dumps(artifacts.as_json(make()))
 
         def write(where: Path) -> None:
             where.write_text(found, encoding="utf-8")

@@ -22,7 +22,7 @@ from docstring_parser import parse as parse_docstring
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import difficulty, progress, runs
+from . import artifacts, difficulty, progress, runs
 from . import worst_case_steps as steps
 from .arguments import Parser
 from .benchmark import Resolver
@@ -115,7 +115,7 @@ def report(found: Found, data: ForgetDataModule, settings: Settings) -> dict[str
     labels = data.labels(train=True)
     about: dict[str, Any] = {
         "rows": len(found.rows), "candidates": len(found.candidates), "curve": found.curve, "tied": found.tied,
-        "moved": found.moved, "overlap_by_chance": found.chance, "versions": runs.versions(),
+        "moved": found.moved, "overlap_by_chance": found.chance, "versions": artifacts.versions(),
     }  # fmt: skip
     if labels.classes:
         at = torch.searchsorted(found.candidates, found.rows)
@@ -138,7 +138,7 @@ def configuration(options: argparse.Namespace, store: Store) -> dict[str, Any]:
         config = load_yaml(path)
         config = config["recipe"] if isinstance(config.get("recipe"), dict) else config
     elif options.original is not None:
-        source = runs.file_or_artifact(options.original, store)
+        source = artifacts.file_or_artifact(options.original, store)
         if not isinstance(source, Artifact):
             raise UserError("a checkpoint file needs its recipe: give -c recipe.yaml")
         config = source.config
@@ -158,18 +158,18 @@ def original(
 ) -> tuple[Learner, str]:  # fmt: skip
     """The original model on its device, and its name."""
     own = key(recipe(full, "method", "forget"))
-    source = runs.file_or_artifact(given, store) if given else None
+    source = artifacts.file_or_artifact(given, store) if given else None
     if source is None and own in store:
         source = store[own]
     if isinstance(source, Artifact):
-        runs.check_ledger(source, data)
-        model = runs.load_learner(source)
+        artifacts.check_ledger(source, data)
+        model = artifacts.load_learner(source)
     else:
-        model, source = runs.original_model(resolve.model(full), data, source, own, store,
+        model, source = artifacts.original_model(resolve.model(full), data, source, own, store,
                                             "vislearn fit -c recipe.yaml")  # fmt: skip
     runs.check_head(model, data)
     wanted = (full.get("trainer") or {}).get("accelerator", "auto")
-    return model.to("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"), runs.source_name(source)
+    return model.to("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"), artifacts.source_name(source)
 
 
 def writable(out: Path) -> None:
@@ -189,7 +189,7 @@ def publish(out: Path, found: Found, about: Mapping[str, Any], searched: bool) -
     try:
         beside.mkdir(parents=True)
         (beside / "forget.txt").write_text("".join(f"{row}\n" for row in found.rows.tolist()))
-        (beside / "search.json").write_text(json.dumps(runs.as_json(about), indent=1) + "\n")
+        (beside / "search.json").write_text(json.dumps(artifacts.as_json(about), indent=1) + "\n")
         save_file({name: t.contiguous() for name, t in tensors.items()}, beside / "weights.safetensors")
         os.rename(beside, out)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +108,7 @@ def run_all(
         return run.result()
     own = pool is None
     if pool is None:
-        pool = make_pool(store, workers, executor, run.target, len(missing))
+        pool = make_pool(store.logs, workers, executor, run.target, len(missing))
     run.display = Display(missing, pool.workers, quiet)
     if found := len(run.jobs) - len(missing):
         run.display.say(f"{found} of {len(run.jobs)} found in {store.root}")
@@ -129,11 +129,12 @@ def run_all(
 
 
 def make_pool(
-    store: Store,
+    logs: Path,
     workers: int | None = None,
     executor: str = "local",
     target: str | Callable[..., Any] = TARGET,
     most: int | None = None,
+    devices: Sequence[str] | None = None,
 ) -> Pool:
     """Return workers that can be given to several calls of `run_all`; call `stop` on them at the end.
 
@@ -141,11 +142,12 @@ def make_pool(
     use the cluster that they find, or start one here.
 
     Args:
-        store: where the artifacts are; for a cluster on a disk that all nodes see.
+        logs: folder for what workers print outside jobs; for a cluster on a disk that all nodes see.
         workers: how many at once; by default one per GPU or core here, and as many as `clusters.QUEUED` on a cluster.
         executor: one of `EXECUTORS`.
         target: what the arguments are given to.
         most: no more workers than that, where it is known how many jobs there will be.
+        devices: names for CUDA_VISIBLE_DEVICES to deal out here; all that can be seen by default.
 
     Raises:
         UserError: an executor that does not exist, is not installed or does not answer.
@@ -158,12 +160,12 @@ def make_pool(
         wanted = max(1, default if workers is None else workers)
         return wanted if most is None else min(wanted, most)
 
-    here, queued = count(len(visible_devices()) or available_cores()), count(clusters.QUEUED)
-    logs = store.root / ".logs"
+    devices = visible_devices() if devices is None else devices
+    here, queued = count(len(devices) or available_cores()), count(clusters.QUEUED)
     if executor == "local":
-        return LocalPool(here, logs, target_name(target), visible_devices())
+        return LocalPool(here, logs, target_name(target), devices)
     if executor == "joblib":
-        return clusters.JoblibPool(here, logs)
+        return clusters.JoblibPool(here, logs, devices)
     if executor == "slurm":
         return clusters.SlurmPool(queued, logs)
     cluster = clusters.RayPool if executor == "ray" else clusters.DaskPool

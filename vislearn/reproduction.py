@@ -23,7 +23,6 @@ published number". Every number in that file stands under a `source`. `results_<
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import Parser
 from .errors import UserError
+from .folders import whole
 
 if TYPE_CHECKING:  # torch is imported by what needs it, so that the options of a script are there at once
     from .comparison import Benches
@@ -278,7 +278,7 @@ class Stored:
 
 def stored(results: Mapping[str, Any], rule: Rule, store: Path | str) -> Stored:
     """The models of a rule out of the store that a benchmark filled."""
-    from . import runs
+    from . import artifacts
     from .benchmark import Resolver, with_rule
     from .comparison import Benches, rule_facts
     from .store import Store
@@ -288,7 +288,7 @@ def stored(results: Mapping[str, Any], rule: Rule, store: Path | str) -> Stored:
     data.setup()
     shelf, models = Store(Path(store)), {}
     for name, model in rule.models.items():
-        models[name] = [runs.artifact_subject(shelf[key]) for key in model["keys"]]
+        models[name] = [artifacts.artifact_subject(shelf[key]) for key in model["keys"]]
         for subject, seed in zip(models[name], model["seeds"], strict=True):
             subject.seed = seed
     sets = {k: v for k, v in rule_facts(data)["sets"].items() if k != "train" and len(v)}
@@ -303,24 +303,24 @@ def expected(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "expected.json").read_text(encoding="utf-8"))
 
 
-def parser(folder: Path, doc: str | None, stores: bool = True) -> argparse.ArgumentParser:
+def parser(folder: Path, doc: str | None, jobs: bool = True) -> argparse.ArgumentParser:
     """The options that all scripts have.
 
     Args:
         folder: the script's; its name is the paper's.
         doc: the script's docstring.
-        stores: whether the script keeps its models in a store and makes them in jobs.
+        jobs: whether the script makes its models in jobs.
     """
     out = Parser(prog=f"vislearn reproduce {folder.name}", description=doc, allow_abbrev=False,
                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    out.set_defaults(folder=folder, started=time.perf_counter())
+    out.set_defaults(folder=folder, started=time.perf_counter(), spared=0.0)
     out.add_argument("--scale", choices=SCALES, default="smoke", help="how much is run (default: smoke)")
     out.add_argument("--root", metavar="DIR", help="where the data are; smoke needs none")
     out.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go (default: results_<scale>.json "
                      "beside the script)")  # fmt: skip
-    if stores:
-        out.add_argument("--store", default="artifacts", metavar="DIR", help="folder of the stored models: what is "
-                         "there is not made again (default: artifacts)")  # fmt: skip
+    out.add_argument("--store", default="artifacts", metavar="DIR", help="folder for what is made: what is there is "
+                     "not made again (default: artifacts)")  # fmt: skip
+    if jobs:
         out.add_argument("--workers", type=int, metavar="N", help="jobs that run at once (default: the file's)")
     return out
 
@@ -358,7 +358,7 @@ def finish(
         failures: titles of the jobs that failed.
         **more: numbers that belong to them.
     """
-    from .runs import as_json
+    from .artifacts import as_json
 
     for finding in findings:
         published = finding.get("published", NO_NUMBER)
@@ -366,14 +366,13 @@ def finish(
               f"{'':17}published: {published}")  # fmt: skip
     content = {
         "paper": options.folder.name, "scale": options.scale, "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "seconds": round(time.perf_counter() - options.started, 1), "machine": machine, "seeds": seeds,
+        "seconds": round(time.perf_counter() - options.started + options.spared, 1), "machine": machine, "seeds": seeds,
         "failures": list(failures), "findings": list(findings), **more,
     }  # fmt: skip
     file = options.json or options.folder / f"results_{options.scale}.json"
-    beside = file.with_name(f".{file.name}.part")
     try:
-        beside.write_text(json.dumps(as_json(content), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, file)
+        with whole(file) as beside:
+            beside.write_text(json.dumps(as_json(content), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; choose another place with --json=FILE") from None
     print(f"{counted(f['verdict'] for f in findings)}; wrote {file}")

@@ -14,17 +14,14 @@ from . import evaluation as ev
 from . import processes
 from .artifacts import (
     artifact_subject,
-    as_json,
     cache_of,
     check_finite,
     check_ledger,
     file_or_artifact,
-    load_learner,
     load_subject,
     machine,
     original_model,
     source_name,
-    versions,
     write,
 )
 from .comparison import compare, rule_facts
@@ -37,8 +34,6 @@ from .method import Cache, UnlearningMethod
 from .networks import Network
 from .store import Artifact, Store, key, recipe
 from .trainer import Progress, Resume, Trainer, unseeded
-
-__all__ = ["as_json", "load_learner", "versions"]  # what others ask of this module and it does not use itself
 
 Say = Callable[[str], None]
 

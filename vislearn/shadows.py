@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from . import runs
+from . import artifacts
 from .errors import UserError
 from .jobs import Job, Outcome, make_pool, run_all
 from .shadow_matrix import IN, OUT, UNLEARN, Matrix, ShadowForget, ShadowRows, dealt, halves
@@ -284,7 +284,7 @@ class Shadows:
         if not missing:
             return self.pool()
         self.write()
-        pool = make_pool(self.store, workers, executor)
+        pool = make_pool(self.store.logs, workers, executor)
         try:
             if executor == "local" and self.expected() is None:
                 first = [job for job in missing if job.argv[0] == "fit"][:1]
@@ -348,7 +348,7 @@ class Shadows:
         file = f"phi-{sha256(ids)[:12]}-{self.queries}.safetensors"
         path = self.store.cache(artifact.key, file)
         if not path.exists():
-            model = runs.load_learner(artifact).to(self._device)
+            model = artifacts.load_learner(artifact).to(self._device)
             values = {"phi": signals(model, self.plain_data.to(self._device), ids, self.queries)}
             path = self.store.put_cache(artifact.key, file, lambda where: save_file(values, where))
         return load_file(path)["phi"]

@@ -148,6 +148,11 @@ class Store:
     def __init__(self, root: Path | str = "artifacts") -> None:
         self.root = Path(root)
 
+    @property
+    def logs(self) -> Path:
+        """Where jobs write what they would have printed."""
+        return self.root / ".logs"
+
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
 
@@ -261,7 +266,7 @@ class Store:
 
     def log(self, key: str) -> Path:
         """Where a job that makes `key` writes what it would have printed."""
-        return self._place(key).parent / ".logs" / f"{key}.log"
+        return self.logs / f"{self._place(key).name}.log"
 
     def cache(self, key: str, name: str) -> Path:
         """Where the file `name`, derived from the artifact `key`, is or would be."""

@@ -24,10 +24,11 @@ from typing import Any
 
 from .arguments import Parser
 from .errors import UserError
-from .folders import storage_fault
+from .folders import storage_fault, whole
+from .jobs import EXECUTORS, make_pool
 from .sweep import Journal, Search, Trial, identity, read_sweep
 from .sweep_command import METRICS, expand, own_verb, write_parameters
-from .workers import PATIENCE, Event, LocalPool, Task, visible_devices
+from .workers import Event, Pool, Task, visible_devices
 
 TARGET = "vislearn.sweep_command:main"
 TICK = 0.2  # seconds between two looks at the workers
@@ -38,20 +39,6 @@ OWN_PROCESS = re.compile(r"WandbLogger|\b(devices|strategy|num_nodes)\b")  # wha
 NUMBER = re.compile(r"[0-9a-f]{12}|-?\d[\d.,e+-]*")
 
 
-class TrialPool(LocalPool):
-    """Workers of which single ones can be ended."""
-
-    def cancel(self, number: int) -> None:
-        """End the trial of that number: asked first, killed after PATIENCE seconds."""
-        for worker in [w for w in self.busy if w.number == number]:
-            self.busy.remove(worker)
-            worker.dismiss()
-            deadline = time.monotonic() + PATIENCE
-            while worker.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            worker.kill()
-
-
 class Sweep:
     """The trials of one sweep: proposes, runs and notes them.
 
@@ -60,7 +47,7 @@ class Sweep:
         file: the sweep file.
         options: the flags of the command, with the sweep's `id`.
         search: proposes the points.
-        devices: names for CUDA_VISIBLE_DEVICES, one a job.
+        devices: names for CUDA_VISIBLE_DEVICES, one a job that runs here.
     """
 
     def __init__(
@@ -84,7 +71,7 @@ class Sweep:
 
     def run(self) -> None:
         """Run trials until there is none left, or a reason to stop."""
-        pool = TrialPool(self.options.jobs, self.out / "trials", TARGET, self.devices)
+        pool = make_pool(self.out / "trials", self.options.jobs, self.options.executor, TARGET, devices=self.devices)
         try:
             while True:
                 while pool.free() and (trial := self.next()):
@@ -128,7 +115,7 @@ class Sweep:
         """The file of a trial's numbers; every attempt has its own, so that none gets those of one being killed."""
         return self.folder(trial) / f"metrics-{trial.attempts}.jsonl"
 
-    def start(self, trial: Trial, pool: TrialPool, attempt: int = 1) -> None:
+    def start(self, trial: Trial, pool: Pool, attempt: int = 1) -> None:
         self.journal.start(trial)
         folder = self.folder(trial).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +145,7 @@ class Sweep:
         files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json")) and Path(word).is_file()]
         return any(OWN_PROCESS.search(text) for text in (*words, *(f.read_text(errors="replace") for f in files)))
 
-    def handle(self, event: Event, pool: TrialPool) -> None:
+    def handle(self, event: Event, pool: Pool) -> None:
         trial, begun, attempt = self.running.pop(event.number)
         if event.kind == "died" and attempt < ATTEMPTS:
             self.say(f"trial {trial.number}: {event.error}; trying once more")
@@ -198,7 +185,7 @@ class Sweep:
             found += ", stopped early" if state == "stopped" else ""
         self.say(f"trial {trial.number}{cap}: {found}  [{point_text(trial.parameters)}]  {trial.seconds:.1f} s")
 
-    def stop_early(self, pool: TrialPool) -> None:
+    def stop_early(self, pool: Pool) -> None:
         """End the running trials that the file's `early_terminate` gives up."""
         if "early_terminate" not in self.config or time.monotonic() - self.looked < LOOK:
             return
@@ -207,7 +194,7 @@ class Sweep:
             self.read(trial)
         for number in sorted(self.search.stopped(self.trials) & self.running.keys()):
             trial, begun, _ = self.running.pop(number)
-            pool.cancel(number)
+            pool.end(number)
             self.read(trial)
             trial.seconds = time.monotonic() - begun
             self.end(trial, "stopped")
@@ -306,7 +293,11 @@ def _main(argv: Sequence[str]) -> int:
                         "run_cap: 20, or give --count=20")  # fmt: skip
     options.id = identity(config, options.seed)
     options.out = options.out or f"sweep-{options.id}"
-    groups = devices(options.gpus_per_job)
+    here = options.executor in ("local", "joblib")
+    if options.gpus_per_job > 1 and not here:
+        raise UserError(f"--gpus-per-job deals out the GPUs of this machine, --executor={options.executor} those of "
+                        "a cluster: leave it out (SLURM: SBATCH_GPUS)")  # fmt: skip
+    groups = devices(options.gpus_per_job) if here else []
     from filelock import FileLock, Timeout
 
     try:
@@ -343,15 +334,10 @@ def _run(sweep: Sweep, command: Sequence[str]) -> int:
     report.print_table(results)
     page = sweep.out / "report.html"
     report.write_page(results, page)
-    _write(sweep.out / "results.json", json.dumps(results, indent=1))
+    with whole(sweep.out / "results.json") as beside:
+        beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     sweep.say(f"report: {page.resolve()}")
     return int(any(trial.state == "failed" for trial in sweep.trials))
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -364,8 +350,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         "where ID follows from the file and the seed)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the proposals (default: 0)")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="trials that run at once (default: 1)")
+    parser.add_argument("--executor", default="local", choices=EXECUTORS, help="where the trials run: processes here, "
+                        "or those of SLURM (submitit), joblib, ray or dask (default: local)")  # fmt: skip
     parser.add_argument("--gpus-per-job", type=_positive, default=1, metavar="K", help="GPUs of a trial (default: 1, "
-                        "where there are GPUs)")  # fmt: skip
+                        "where there are GPUs), on this machine")  # fmt: skip
     parser.add_argument("--count", type=_positive, metavar="N", help="start at most N new trials in this call")
     parser.add_argument("--retry-failed", action="store_true", help="run the failed trials again first")
     parser.add_argument("--stop-after-failures", type=_positive, default=3, metavar="N", help="start no further trial "

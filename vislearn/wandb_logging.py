@@ -19,12 +19,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from .artifacts import artifact_subject, as_json
 from .comparison import flat
 from .data import ForgetDataModule
 from .errors import UserError
 from .measures.sets import set_metrics
 from .processes import first_process
-from .runs import artifact_subject, as_json
 from .store import Artifact, Store
 from .sweep_command import METRICS
 from .trainer import Trainer

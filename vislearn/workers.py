@@ -75,6 +75,7 @@ class Pool(Protocol):
     def free(self) -> bool: ...  # can `start` be called
     def start(self, task: Task) -> None: ...
     def wait(self, timeout: float) -> list[Event]: ...  # as soon as something happened, at most `timeout` seconds
+    def end(self, number: int) -> None: ...  # the task of that number; no event comes of it any more
     def stop(self) -> None: ...
 
 
@@ -194,6 +195,14 @@ class LocalPool:
                 if worker.process.poll() is None:
                     self.idle.append(worker)
         return events
+
+    def end(self, number: int) -> None:
+        """End the task of that number: asked first, killed after PATIENCE seconds."""
+        for worker in [w for w in self.busy if w.number == number]:
+            self.busy.remove(worker)
+            worker.dismiss()
+            worker.expect(PATIENCE)
+            worker.kill()
 
     def stop(self) -> None:
         """End all workers: the idle ones at once, busy ones after an interrupt that lets them tidy up."""

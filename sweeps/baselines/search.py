@@ -30,7 +30,7 @@ import yaml
 from joblib import Parallel, delayed
 from scipy.stats import qmc
 
-from vislearn import methods, runs
+from vislearn import artifacts, methods, runs
 from vislearn.benchmark import Resolver, lay_out, with_rule, write_jobs
 from vislearn.data import ForgetDataModule, batches
 from vislearn.errors import UserError
@@ -112,7 +112,7 @@ class Bench:
         if failed:
             raise UserError(f"{failed[0].job.title}: {failed[0].error}")
         self.data, self.originals = sheet.data[0], sheet.originals
-        each = [numbers(runs.load_learner(store[name]), self.data) for name in sheet.retrained[0].values()]
+        each = [numbers(artifacts.load_learner(store[name]), self.data) for name in sheet.retrained[0].values()]
         self.target = {name: [e[name] for e in each] for name in each[0] if all(name in e for e in each)}
 
     def trial(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Bench:
         return line | {"gap": round(float(np.mean(gaps)), 3), "seconds": seconds} | mean
 
     def unlearned(self, method: UnlearningMethod, original: str, seed: int) -> dict[str, float]:
-        model = runs.load_learner(self.store[original])
+        model = artifacts.load_learner(self.store[original])
         trainer = Trainer(**{**DEFAULTS, "accelerator": "cpu", "logger": False})
         method.check(model, self.data)
         after, _ = runs.apply(model, copy.copy(self.data), method, trainer, seed, lambda name, make: make())

@@ -6,10 +6,12 @@
 with a ResNet-50 (a GPU, and the data under --root).
 """
 
+import argparse
 import copy
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lightning import Callback, seed_everything
 from torch import Tensor
 from vislearn.methods.cupid import sharpness
 
-from vislearn import runs
+from vislearn import artifacts, runs
 from vislearn.cli import quiet
 from vislearn.data import ForgetDataModule
 from vislearn.datamodules import ColouredDigits, Waterbirds
@@ -29,6 +31,7 @@ from vislearn.method import UnlearningMethod
 from vislearn.methods import CUPID, DELETE, BadTeacher, GradientAscent
 from vislearn.metrics.accuracy import accuracy
 from vislearn.metrics.roc import roc
+from vislearn.remembered import remembered
 from vislearn.reproduction import NO_NUMBER, Verdict, expected, finish, leave, parser, words
 from vislearn.trainer import DEFAULTS, Trainer
 
@@ -36,6 +39,7 @@ HERE = Path(__file__).parent
 EXPECTED = expected(HERE)
 TARGET = 0.1  # forget accuracy at which both methods stop
 ETAS = (0.01, 0.05, 0.2)
+SMALLEST = f"{ETAS[0]:g}"  # its name in the results
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ def run(seed: int, digit: int, scale: Scale) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": seed, "digit": digit, "original": ended(original, rows)}
     omegas, _ = sharpness(original, data.loader("forget", train=False), ETAS)
     conflicting = ~rows["forget"].aligned
-    found["auc"] = {eta: roc(w[conflicting], w[~conflicting]).auc for eta, w in zip(ETAS, omegas, strict=True)}
+    found["auc"] = {f"{eta:g}": roc(w[conflicting], w[~conflicting]).auc
+                    for eta, w in zip(ETAS, omegas, strict=True)}  # fmt: skip
     found["ascent"], found["CUPID"] = ascended(original, data, rows), routed(original, data, rows)
     return found
 
@@ -165,7 +170,7 @@ def accepted(found: list[dict[str, Any]]) -> list[Verdict]:
     behind = [r["ascent"]["retain"] - r["CUPID"]["retain"] for r in found]
     room = [r["ascent"]["widening"] for r in found
             if r["original"]["forget"]["conflicting"] >= wanted["widening"]["at_least"]]  # fmt: skip
-    values = {"test_gap": min(gaps), "auc": min(r["auc"][ETAS[0]] for r in found), "widening": min(room, default=None),
+    values = {"test_gap": min(gaps), "auc": min(r["auc"][SMALLEST] for r in found), "widening": min(room, default=None),
               "reached": sum(reached) / len(reached), "behind": statistics.median(behind)}  # fmt: skip
     for name, value in values.items():
         least, most = wanted[name].get("at_least"), wanted[name].get("at_most")
@@ -181,14 +186,15 @@ def accepted(found: list[dict[str, Any]]) -> list[Verdict]:
     return lines
 
 
-def digits(scale: Scale) -> dict[str, Any]:
+def digits(scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
     found = []
     theirs = next(e["values"] for e in EXPECTED["reference"] if "first step" in e["what"])
     for seed, digit in scale.cases:
-        made = run(seed, digit, scale)
+        asked = {"seed": seed, "digit": digit, "views": scale.views, "epochs": scale.epochs}
+        made = remembered(options, asked, partial(run, seed, digit, scale))
         found.append(made)
         known = theirs.get(f"{seed}, {digit}", {})
-        print(f"seed {seed}, digit {digit}: AUC {made['auc'][ETAS[0]]:.3f}; retain accuracy at the stop: "
+        print(f"seed {seed}, digit {digit}: AUC {made['auc'][SMALLEST]:.3f}; retain accuracy at the stop: "
               + ", ".join(f"{name} {made[name]['retain']:.1f} (reference {known.get(name, '-')}), of the class "
                           f"aligned {made[name]['forget']['aligned']:.1f}, conflicting "
                           f"{made[name]['forget']['conflicting']:.1f}, {made[name]['steps']} steps"
@@ -241,12 +247,13 @@ def streamed(model: Learner, data: ForgetDataModule, name: str) -> float:
 
 
 def main() -> int:
-    options = parser(HERE, __doc__, stores=False).parse_args()
+    options = parser(HERE, __doc__, jobs=False).parse_args()
     quiet()
     paper = options.scale == "paper"
-    found = birds(Path(options.root or "data")) if paper else digits(SCALES[options.scale])
+    found = birds(Path(options.root or "data")) if paper else digits(SCALES[options.scale], options)
     seeds = [0] if paper else sorted({seed for seed, _ in SCALES[options.scale].cases})
-    return finish(options, found["findings"], runs.machine() | runs.versions(), {"original": seeds}, runs=found["runs"])
+    return finish(options, found["findings"], artifacts.machine() | artifacts.versions(), {"original": seeds},
+                  runs=found["runs"])  # fmt: skip
 
 
 if __name__ == "__main__":

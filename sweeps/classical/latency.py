@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from sklearn.base import clone, is_classifier, is_clusterer
 from sklearn.metrics import adjusted_rand_score, r2_score
 
-from vislearn import methods, runs
+from vislearn import methods
+from vislearn.artifacts import as_json, machine, versions
 from vislearn.errors import UserError
 from vislearn.folders import whole
 from vislearn.marked import replaced
@@ -208,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.rows) < 2 * (BATCH + options.repeats):
         parser.error(f"--rows must be at least {2 * (BATCH + options.repeats)}, or --repeats less")
-    facts = {"machine": runs.as_json(runs.machine()), "features": options.features, "repeats": options.repeats,
+    facts = {"machine": as_json(machine()), "features": options.features, "repeats": options.repeats,
              "patience": options.patience}  # fmt: skip
     known = {} if options.again else earlier(options.out, facts)
     notes: dict[str, str] = {}
@@ -241,9 +242,9 @@ def keep(
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Write what is measured so far, and return it: estimator -> numbers by rising rows."""
     found = {name: [rows[n] for n in sorted(rows)] for name, rows in known.items() if rows}
-    content = {**facts, "versions": runs.versions(), "notes": list(notes.values()), "found": found}
+    content = {**facts, "versions": versions(), "notes": list(notes.values()), "found": found}
     with whole(file) as beside:
-        beside.write_text(json.dumps(runs.as_json(content), indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(as_json(content), indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for the data module of the digits, in this process and in the workers
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", ""))))
 
-from vislearn import reproduction, runs  # noqa: E402
+from vislearn import artifacts, reproduction  # noqa: E402
 from vislearn.benchmark import Resolver, with_rule  # noqa: E402
 from vislearn.marked import replaced  # noqa: E402
 from vislearn.metrics.gap import interval  # noqa: E402
@@ -104,7 +104,7 @@ def relearned(results: dict[str, Any], rule: dict[str, Any], store: Store) -> di
     groups = Rule(rule).models
 
     def models(name: str) -> list[Any]:
-        return [runs.artifact_subject(store[key]).model for key in groups[name]["keys"]]
+        return [artifacts.artifact_subject(store[key]).model for key in groups[name]["keys"]]
 
     originals, retrained = models("original"), models("retrained")
     return {name: [anamnesis_index(m, r, o, batches, validation).value

@@ -8,11 +8,13 @@ than one row of the set. Where one side has a single run, the other side's devia
 seed of ours the interval is wide, and the verdict is "consistent" at best. Single runs on both sides give no interval.
 """
 
+import argparse
 import copy
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from scipy import stats
 from torch import Tensor
 from vislearn.methods.laf import LAF, LAFR
 
+from vislearn.artifacts import machine, versions
 from vislearn.cli import quiet
 from vislearn.data import ForgetDataModule, Labels, Memory
 from vislearn.datamodules import CIFAR10
@@ -32,8 +35,9 @@ from vislearn.learner import Classifier, Learner
 from vislearn.measure import Bench, Subject
 from vislearn.measures.label_agnostic import label_agnostic_attack
 from vislearn.metrics.accuracy import accuracy
+from vislearn.remembered import remembered
 from vislearn.reproduction import expected, finish, leave, of_cells, parser, words
-from vislearn.runs import machine, seed_unlearning, versions
+from vislearn.runs import seed_unlearning
 from vislearn.trainer import DEFAULTS, Trainer
 
 HERE = Path(__file__).parent
@@ -117,32 +121,48 @@ def measured(model: Learner, data: ForgetDataModule) -> dict[str, float]:
     return found | {name.split("/")[1]: 100 * value for name, value in attack.items()}
 
 
-def run(scale: Mapping[str, Any], seeds: Sequence[int], root: Path) -> dict[str, list[dict[str, Any]]]:
+def run(scale: Mapping[str, Any], seeds: Sequence[int], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Task and model -> what each seed gave."""
-    arch = "cnn_laf" if scale["data"] == "digits" else "resnet18_laf"
+    arch, root = "cnn_laf" if scale["data"] == "digits" else "resnet18_laf", Path(options.root or "data")
     found: dict[str, list[dict[str, Any]]] = {}
 
-    def keep(task: str, name: str, seed: int, numbers: dict[str, Any]) -> None:
+    @lru_cache(maxsize=1)
+    def original(seed: int) -> Learner:
+        return train(data_module(scale["data"], None, root), arch, seed)
+
+    def known(data: ForgetDataModule, seed: int) -> dict[str, Any]:
+        return measured(original(seed), data)
+
+    def retrained(data: ForgetDataModule, seed: int) -> dict[str, Any]:
+        return measured(train(data, arch, seed), data)
+
+    def unlearned(data: ForgetDataModule, seed: int, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        method = METHODS[name](**settings)
+        model = copy.deepcopy(original(seed))
+        seed_unlearning(seed)
+        start = time.perf_counter()
+        model = method.unlearn(model, data, trainer())
+        seconds = time.perf_counter() - start
+        drifts = {key: method.report[key] for key in ("retain_drift", "forget_drift")}
+        said = {"warnings": method.report.get("warnings", [])}
+        return measured(model, data) | {"seconds": seconds} | drifts | said
+
+    def keep(task: str, name: str, seed: int, make: Callable[..., Any], *settings: Mapping[str, Any]) -> None:
+        asked = {"data": scale["data"], "task": task, "model": name, "seed": seed, "settings": settings}
+        numbers = remembered(options, asked, make)
         found.setdefault(f"{scale['data']}/{task}/{name}", []).append({"seed": seed} | numbers)
         each = "  ".join(f"{key} {value:.2f}" for key, value in numbers.items() if isinstance(value, float))
         print(f"seed {seed}  {task:20} {name:10} {each}", flush=True)
 
     for seed in seeds:
-        original = train(data_module(scale["data"], None, root), arch, seed)
-        for task, options in scale["tasks"].items():
+        for task, settings in scale["tasks"].items():
             data = data_module(scale["data"], rule(task), root)
             if task in ("class", "random"):
-                keep(task, "original", seed, measured(original, data))
-                keep(task, "retrained", seed, measured(train(data, arch, seed), data))
+                keep(task, "original", seed, partial(known, data, seed))
+                keep(task, "retrained", seed, partial(retrained, data, seed))
             for name in scale["methods"]:
-                method = METHODS[name](**options, **(scale["repair"] if name == "LAFR" else {}))
-                seed_unlearning(seed)
-                start = time.perf_counter()
-                unlearned = method.unlearn(copy.deepcopy(original), data, trainer())
-                seconds = time.perf_counter() - start
-                drifts = {key: method.report[key] for key in ("retain_drift", "forget_drift")}
-                said = {"warnings": method.report.get("warnings", [])}
-                keep(task, name, seed, measured(unlearned, data) | {"seconds": seconds} | drifts | said)
+                chosen = settings | (scale["repair"] if name == "LAFR" else {})
+                keep(task, name, seed, partial(unlearned, data, seed, name, chosen), chosen)
     return found
 
 
@@ -205,17 +225,16 @@ def findings_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    options_of = parser(HERE, __doc__, stores=False)
+    options_of = parser(HERE, __doc__, jobs=False)
     options_of.add_argument("--seeds", type=int, nargs="+", help="by default those of the recipe")
     arguments = options_of.parse_args()
-    root = Path(arguments.root or "data")
     quiet()
     scale = yaml.safe_load((HERE / "recipe.yaml").read_text())[arguments.scale]
     seeds = arguments.seeds or scale["seeds"]
-    found = run(scale, seeds, root)
+    found = run(scale, seeds, arguments)
     sizes = {}
     for task in scale["tasks"]:
-        indices = data_module(scale["data"], rule(task), root).indices
+        indices = data_module(scale["data"], rule(task), Path(arguments.root or "data")).indices
         sizes |= {f"{task}/{name}": len(ids) for name, ids in indices.items()}
     lines = table(found, sizes)
     for line in lines:

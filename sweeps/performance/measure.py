@@ -19,7 +19,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from vislearn import runs
+from vislearn.artifacts import machine, versions
 from vislearn.cli import quiet
 from vislearn.data import ForgetDataModule, Labels, Memory
 from vislearn.datamodules import CIFAR10
@@ -208,7 +208,7 @@ def main() -> None:
         data = Noise(root=options.root)
         data.setup()
     found: dict[str, Any] = {
-        "machine": runs.machine() | runs.versions() | {"instructions": torch.backends.cpu.get_cpu_capability()},
+        "machine": machine() | versions() | {"instructions": torch.backends.cpu.get_cpu_capability()},
         "data": data.name,
     }
     print(json.dumps(found))

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from vislearn.methods.private_training import PrivateTraining
 
+from vislearn import artifacts
 from vislearn import evaluation as ev
-from vislearn import runs
 from vislearn.benchmark import Resolver
 from vislearn.main import main as vislearn
 from vislearn.metrics.accuracy import accuracy
@@ -76,7 +76,7 @@ class Bench:
         retrained = [self.trained(name, seed, FORGET) for seed in RETRAIN_SEEDS]
         row["gaps"] = []
         for seed, artifact in zip(SEEDS, originals, strict=True):
-            model = runs.load_learner(artifact)
+            model = artifacts.load_learner(artifact)
             assert isinstance(model, PrivateClassifier)
             model.restore(artifact.meta["learner"])
             method, data = PrivateTraining(), self.resolve.data(self.config(name, seed, FORGET))
@@ -118,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(Store(options.store))
     rows = {name: bench.row(name) for name in RECIPES}
-    options.json.write_text(json.dumps(runs.as_json({"machine": runs.machine(), "rows": rows}), indent=1))
+    options.json.write_text(json.dumps(artifacts.as_json({"machine": artifacts.machine(), "rows": rows}), indent=1))
     print(table(rows))
 
 

@@ -7,11 +7,13 @@ standard errors of the mean of the streams, a speed-up when it is among the 95 %
 the same number of epochs, as the paper's forms have it, so that nothing is rounded.
 """
 
+import argparse
 import contextlib
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sklearn.datasets import load_digits
 from vislearn import sisa_plan as plan
 from vislearn.errors import UserError
 from vislearn.metrics.gap import interval
+from vislearn.remembered import remembered
 from vislearn.reproduction import Verdict, check, expected, finish, leave, paired, parser, shown, together, within
 from vislearn.sisa_cli import main as sisa
 from vislearn.sisa_log import Request
@@ -157,13 +160,10 @@ def count(folder: Path, shards: int, slices: int, requests: int) -> dict[str, An
             "speedup": retraining / sum(costs)}  # fmt: skip
 
 
-def accuracies(folder: Path, scale: Scale) -> dict[str, list[float]]:
-    """Percent correct on the test rows by "S x R", one for each seed."""
+def right(folder: Path, shards: int, slices: int, seed: int) -> float:
+    """Percent correct on the test rows."""
     with np.load(folder / "test.npz") as stored:
-        x, y = stored["x"], stored["y"]
-    pairs = [*((s, 1) for s in scale.shards), (5, 5)]
-    return {f"{s} x {r}": [100 * float(np.mean(made(folder, s, r, seed).predict(x)[0] == y)) for seed in scale.seeds]
-            for s, r in pairs}  # fmt: skip
+        return 100 * float(np.mean(made(folder, shards, slices, seed).predict(stored["x"])[0] == stored["y"]))
 
 
 # verdicts
@@ -238,10 +238,9 @@ def checks(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     "shards_accuracy": shards_lose}  # fmt: skip
 
 
-def run(scale: Scale, findings: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-    """Every number that the verdicts are made from."""
+def streams(scale: Scale, findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Formulas and simulated streams, drawn by one generator."""
     generator = np.random.default_rng(0)
-    write_digits(folder)
     shards = sorted({s for _, s, _ in scale.sizes})
     return {
         "forms": closed_forms(scale, generator),
@@ -249,21 +248,38 @@ def run(scale: Scale, findings: Sequence[Mapping[str, Any]], folder: Path) -> di
         "regime": {str(s): share_at_the_end(5000, s) for s in shards},
         "speedups": {e["id"]: speedups(*(e[k] for k in SETTING), scale.runs, generator).tolist()
                      for e in findings if "speedup" in e},
-        "counted": [count(folder, s, r, scale.asked) for s, r in scale.counted],
-        "accuracy": accuracies(folder, scale),
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from vislearn.runs import machine, versions
+def run(
+    scale: Scale, findings: Sequence[Mapping[str, Any]], folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:  # fmt: skip
+    """Every number that the verdicts are made from."""
+    write_digits(folder)
 
-    options = parser(HERE, __doc__, stores=False).parse_args(argv)
+    def kept(make: Callable[..., Any], *of: Any) -> Any:
+        return remembered(options, {"piece": make.__name__, "of": of}, partial(make, folder, *of))
+
+    found = remembered(options, {"piece": "streams", "of": asdict(scale)}, partial(streams, scale, findings))
+    pairs = [*((s, 1) for s in scale.shards), (5, 5)]
+    return found | {
+        "counted": [kept(count, s, r, scale.asked) for s, r in scale.counted],
+        "accuracy": {f"{s} x {r}": [kept(right, s, r, seed) for seed in scale.seeds] for s, r in pairs},
+    }
+
+
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from vislearn.artifacts import machine, versions
+
+    options = parser(HERE, __doc__, jobs=False).parse_args(argv)
     if options.scale not in SCALES:
         raise UserError(f"there is no scale {options.scale}: none of the paper's data sets is trained on here; give "
                         f"--scale={' or --scale='.join(SCALES)}")  # fmt: skip
     scale, findings = SCALES[options.scale], expected(HERE)["findings"]
     with tempfile.TemporaryDirectory() as folder:
-        found = run(scale, findings, Path(folder))
+        found = run(scale, findings, Path(folder), options)
     made_of = check(findings, checks(findings), found)
     ends = {name: np.quantile(values, (0.025, 0.5, 0.975)).tolist() for name, values in found["speedups"].items()}
     kept = found | {"speedups": ends}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from vislearn import benchmark, runs
+from vislearn import artifacts, benchmark
 from vislearn.data import ForgetDataModule
 from vislearn.downstream import rank_classes
 from vislearn.errors import UserError
@@ -149,7 +149,7 @@ def with_top(file: Path, task: ForgetDataModule | None, options: argparse.Namesp
     benchmark.write_jobs(sheet, store)
     if failed := [o for o in run_all(sheet.jobs, store, workers=options.workers) if o.error]:
         raise UserError(f"{failed[0].job.title}: {failed[0].error}")
-    model = runs.load_learner(store[sheet.originals[first.seeds[0]]]).eval()
+    model = artifacts.load_learner(store[sheet.originals[first.seeds[0]]]).eval()
     ranked = rank_classes(model, task, sheet.data[0])
     for rule in places:
         rule["init_args"]["classes"] = ranked.top(len(plan["forget"][0]["init_args"]["classes"]))

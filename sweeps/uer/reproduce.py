@@ -6,9 +6,10 @@
 weights, split and order of classes of a seed, so differences are paired by seed.
 """
 
+import argparse
 import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vislearn.methods.uer import UER, bias_diagnostics, cosines, dot_logits
 
+from vislearn.artifacts import machine, versions
 from vislearn.cli import quiet
 from vislearn.data import ForgetDataModule, Labels, Memory
 from vislearn.datamodules import CIFAR10, CIFAR100, SplitClasses
@@ -26,6 +28,7 @@ from vislearn.learner import Classifier
 from vislearn.metrics.continual import forgetting
 from vislearn.metrics.gap import interval
 from vislearn.networks import Network, ResNet, initialise
+from vislearn.remembered import remembered
 from vislearn.reproduction import (
     Interval,
     Verdict,
@@ -42,7 +45,6 @@ from vislearn.reproduction import (
     shown,
     together,
 )
-from vislearn.runs import machine, versions
 from vislearn.stream_requests import parse
 from vislearn.tasks import TaskStream
 from vislearn.trainer import DEFAULTS, Trainer
@@ -174,15 +176,20 @@ def run(data: TaskStream, memory: int, options: Mapping[str, Any], seed: int) ->
     return found
 
 
-def run_all(scale: Mapping[str, Any], seeds: Sequence[int], memories: Sequence[int], root: str | None) -> Found:
+def run_all(
+    scale: Mapping[str, Any], seeds: Sequence[int], memories: Sequence[int], options: argparse.Namespace
+) -> Found:  # fmt: skip
     """Every variant with every memory and seed."""
     found: dict[int, dict[str, Numbers]] = {memory: {} for memory in memories}
     for seed in seeds:
-        data = stream(scale, seed, root)
+        data = stream(scale, seed, options.root)
+        about = {k: v for k, v in scale.items() if k not in ("seeds", "memory", "variants")}
         for memory in memories:
-            for name, options in scale["variants"].items():
+            for name, variant in scale["variants"].items():
                 start = time.perf_counter()
-                for prediction, numbers in run(data, memory, options, seed).items():
+                asked = {**about, "memory": memory, "variant": variant, "seed": seed}
+                ended = remembered(options, asked, partial(run, data, memory, variant, seed))
+                for prediction, numbers in ended.items():
                     title = name if prediction == "dot" else f"{name}, cosine prediction"
                     kept = found[memory].setdefault(title, {})
                     for key, value in numbers.items():
@@ -257,7 +264,7 @@ def numbers(found: Mapping[str, Numbers], theirs: Mapping[str, Any], n: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options_of = parser(HERE, __doc__, stores=False)
+    options_of = parser(HERE, __doc__, jobs=False)
     options_of.add_argument("--seeds", type=int, nargs="+", help="by default those of the recipe")
     options_of.add_argument("--memory", type=int, nargs="+", help="rows that are kept; the findings are asked at the "
                             "first (default: the recipe's)")  # fmt: skip
@@ -265,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     scale = yaml.safe_load((HERE / "recipe.yaml").read_text())[options.scale]
     seeds, memories = options.seeds or scale["seeds"], options.memory or scale["memory"]
-    found = run_all(scale, seeds, memories, options.root)
+    found = run_all(scale, seeds, memories, options)
     reference, first = expected(HERE), found[memories[0]]
     theirs = reference["numbers"].get(str(memories[0]), {})
     checks = {"beats_replay": beats_replay, "beats_reversed": beats_reversed, "forgets_less": forgets_less, "tau": tau,

@@ -7,10 +7,12 @@ Tiny-ImageNet in DIR, and image folders DIR/mnist, svhn, kmnist, notmnist and fa
 out and said. Accuracies are in percent: RA over the tasks that are learned at the end, FA over those forgotten then.
 """
 
+import argparse
 import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ import yaml
 from lightning import seed_everything
 from vislearn.methods.uncle import UnCLe
 
+from vislearn.artifacts import machine, versions
 from vislearn.cli import quiet
 from vislearn.datamodules import CIFAR10, CIFAR100, Digits, ImageFolder, Joined, Permuted, SplitClasses, TinyImageNet
 from vislearn.errors import UserError
 from vislearn.hypernetwork import HyperClassifier
+from vislearn.remembered import remembered
 from vislearn.reproduction import Verdict, cell, check, expected, finish, leave, parser, together
-from vislearn.runs import machine, versions
 from vislearn.tasks import TaskStream
 from vislearn.trainer import DEFAULTS, Trainer
 
@@ -50,7 +53,9 @@ def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def run(scale: Mapping[str, Any], seeds: Sequence[int], variants: Sequence[str], root: Path) -> tuple[Runs, list[str]]:
+def run(
+    scale: Mapping[str, Any], seeds: Sequence[int], variants: Sequence[str], options: argparse.Namespace
+) -> tuple[Runs, list[str]]:  # fmt: skip
     """Carry out every stream; and in words what could not be."""
     found: Runs = {}
     missing = []
@@ -58,7 +63,7 @@ def run(scale: Mapping[str, Any], seeds: Sequence[int], variants: Sequence[str],
     for part, own in parts.items():
         for seed in seeds:
             try:
-                data = DATA[part](root, seed)
+                data = DATA[part](Path(options.root or "data"), seed)
                 data.setup()
             except UserError as error:
                 missing.append(f"{part}: {error}")
@@ -68,7 +73,8 @@ def run(scale: Mapping[str, Any], seeds: Sequence[int], variants: Sequence[str],
                     given = [scale, own, scale["variants"][variant]]
                     model, strategy = (merged(*(g.get(k, {}) for g in given)) for k in ("model", "strategy"))
                     name = f"{part}/{stream}/{variant}"
-                    one = carried_out(copy.copy(data), requests, model, strategy, seed)
+                    asked = {"requests": requests, "model": model, "strategy": strategy, "seed": seed}
+                    one = remembered(options, {"data": part, **asked}, partial(carried_out, copy.copy(data), **asked))
                     found.setdefault(name, []).append(one)
                     print(f"seed {seed}  {name:34} RA {one['RA']:5.1f}  FA {one['FA']:5.1f}  at once "
                           f"{one['FA_at_once']:5.1f}  UNI {min(one['UNI']):6.3f}  spill {max(one['spill']):4.1f}  "
@@ -209,7 +215,7 @@ def shown(values: Sequence[float]) -> str:
 
 
 def main() -> int:
-    options_of = parser(HERE, __doc__, stores=False)
+    options_of = parser(HERE, __doc__, jobs=False)
     options_of.add_argument("--seeds", type=int, nargs="+", help="by default those of the recipe")
     options_of.add_argument("--variants", nargs="+", help="by default all of the recipe")
     options = options_of.parse_args()
@@ -221,7 +227,7 @@ def main() -> int:
         raise UserError(f"there is no variant {unknown[0]} at this scale; there are {', '.join(scale['variants'])} "
                         "(--variants)")  # fmt: skip
     seeds = options.seeds or scale["seeds"]
-    runs, missing = run(scale, seeds, variants, Path(options.root or "data"))
+    runs, missing = run(scale, seeds, variants, options)
     if not runs:
         raise UserError("; ".join(missing))
     found = Found(runs, scale.get("requests", {}).get("a", "").split(","))

@@ -1,0 +1,73 @@
+"""The pieces that a reproduction script is made of, kept as JSON, so that a killed run goes on where it was.
+
+Models have the store, whose keys are made of what determines their weights. A piece here is numbers that any line of
+the code may change: its key is made of what was asked, of the versions, and of the whole source of this package and of
+the script. A changed line makes all pieces anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UserError
+from .folders import storage_fault, whole
+
+T = TypeVar("T")
+
+
+@cache
+def code(*scripts: Path) -> str:
+    """sha256, in hex digits, of the sources of vislearn, its methods and data modules, and of these scripts."""
+    import vislearn
+    from vislearn import datamodules, methods
+
+    found = hashlib.sha256()
+    folders = [Path(folder) for package in (vislearn, methods, datamodules) for folder in package.__path__]
+    for file in [*(file for folder in folders for file in sorted(folder.rglob("*.py"))), *scripts]:
+        found.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
+
+
+def remembered(options: argparse.Namespace, what: Mapping[str, Any], make: Callable[[], T]) -> T:
+    """What `make` returns, from `<store>/reproductions/<paper>/<key>.json` where it was made before.
+
+    The seconds that an earlier run spent on it are added to `options.spared`, so that the results file says what all of
+    it takes.
+
+    Args:
+        options: the script's: `folder`, `store`, `root` and `spared`.
+        what: all that tells this piece from the others of the script, as plain values: settings, seed, name.
+        make: returns numbers, texts, lists and dictionaries with text for keys.
+
+    Raises:
+        UserError: the file cannot be written.
+        TypeError: `make` returned something else.
+    """
+    from .artifacts import machine, versions
+    from .recipe import key
+
+    asked = {"what": what, "root": options.root, "code": code(*sorted(options.folder.glob("*.py")))}
+    name = key({**asked, "versions": versions(), "device": machine()["device"]})
+    file = Path(options.store) / "reproductions" / options.folder.name / f"{name}.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        options.spared += kept["seconds"]
+        return kept["value"]
+    start = time.perf_counter()
+    value = make()
+    text = json.dumps({"what": what, "seconds": time.perf_counter() - start, "value": value}, indent=1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {storage_fault(error, Path(options.store)) or error.strerror}; choose "
+                        "another place with --store=DIR") from None  # fmt: skip
+    return json.loads(text)["value"]
