@@ -232,9 +232,13 @@ def flat(comparison: Mapping[str, Any]) -> dict[str, float]:
     return out | {f"gap/{k.replace('/', '_')}": g["mean"] for k, g in method["gap"].items()}
 
 
+def slug(title: str) -> str:
+    """A title as it stands in names and addresses."""
+    return "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
+
+
 def rule_facts(data: ForgetDataModule) -> dict[str, Any]:
     """What the report says of a forget rule."""
     rule = data.forget
     title = rule.describe() if rule else "no forget rule"
-    slug = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
-    return {"id": slug, "title": title, "kind": type(rule).__name__, "config": {}, "sets": dict(data.indices)}
+    return {"id": slug(title), "title": title, "kind": type(rule).__name__, "config": {}, "sets": dict(data.indices)}

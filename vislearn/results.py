@@ -2,11 +2,14 @@
 
 import datetime
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import evaluation as ev
 from .artifacts import machine, versions
+from .comparison import slug
 from .data import ForgetDataModule
 from .measures import all_columns
 
@@ -15,7 +18,7 @@ def results_of(
     rules: list[dict[str, Any]], data: ForgetDataModule, config: dict[str, Any], command: Sequence[str], **more: Any
 ) -> dict[str, Any]:
     """What the page and the terminal table draw."""
-    ledger = data.split()
+    ledger, rules = data.split(), told_apart(rules)
     return {
         "created": datetime.datetime.now().isoformat(timespec="seconds"), "command": shlex.join(command),
         "machine": machine() | versions(), "recipe": config,
@@ -23,6 +26,39 @@ def results_of(
                  "sizes": {s: len(data.indices[s]) for s in ev.SPLITS}},
         "columns": columns(rules), "graphs": drawn(rules), "rules": rules, "failures": [], **more,
     }  # fmt: skip
+
+
+def told_apart(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rules with titles and ids that no two of them share: equal ones are followed by the settings that differ.
+
+    Of paths the folders are shown that tell them apart.
+    """
+    out = [dict(rule) for rule in rules]
+    for title, count in Counter(rule["title"] for rule in rules).items():
+        if count == 1:
+            continue
+        same = [rule for rule in out if rule["title"] == title]
+        settings = [(rule.get("config") or {}).get("init_args") or {} for rule in same]
+        ends = [""] * count
+        for name in dict.fromkeys(name for each in settings for name in each):
+            values = [str(each[name]) if name in each else "" for each in settings]
+            if len(set(values)) > 1:
+                if name == "path":
+                    values = apart(values)
+                ends = [f"{end}, {name} {v}" if v else end for end, v in zip(ends, values, strict=True)]
+        if len(set(ends)) < count:  # the same rule, or one whose settings are not known
+            ends = [f"{end}, rule {number}" for number, end in enumerate(ends, 1)]
+        for rule, end in zip(same, ends, strict=True):
+            rule["title"] = f"{title}{end}"
+            rule["id"] = slug(rule["title"])
+    return out
+
+
+def apart(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders at their beginning that all of them have."""
+    parts = [Path(path).parts for path in paths]
+    shared = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), 0)
+    return [str(Path(*each[shared:])) for each in parts]
 
 
 def columns(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
