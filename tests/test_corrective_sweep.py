@@ -122,13 +122,37 @@ def test_without_harm_or_a_clean_model_nothing_is_told(findings: Any) -> None:
 
 def test_a_wide_scatter_of_seeds_is_no_evidence(findings: Any) -> None:
     def scattered(poisoning: list, confusion: list) -> None:
-        for rule in confusion:
+        for rule in (*poisoning, *confusion):
             rule["models"]["original"]["metrics"]["corrective/acc_corr"] = [0.2, 0.45, 0.7]
 
     told = {f["id"]: f for f in sides(findings, scattered)}
-    assert told["v"]["verdict"] == "cannot be told"
-    assert "more seeds are needed" in told["v"]["numbers"]
-    assert told["i"]["verdict"] == "reproduced"
+    assert {told[i]["verdict"] for i in ("i", "ii", "iii", "iv")} == {"cannot be told"}
+    assert "their means tell nothing" in told["i"]["numbers"]
+    assert told["v"]["verdict"] == "reproduced", "it compares each model with the original that it was made from"
+
+
+def test_dampening_has_to_win_with_every_seed_or_with_none(findings: Any) -> None:
+    def won(*corr: float) -> Any:
+        def change(poisoning: list, confusion: list) -> None:
+            for rule in confusion:
+                rule["models"]["original"]["metrics"] |= {
+                    "corrective/acc_corr": [0.2, 0.45, 0.7], "corrective/acc_retain": [0.9, 0.9, 0.9]
+                }  # fmt: skip
+            (m, *_) = [m for m in confusion[1]["methods"] if m["name"] == "SSD"]
+            m["metrics"] |= {"corrective/acc_corr": list(corr), "corrective/acc_retain": [0.895, 0.895, 0.895]}
+
+        return change
+
+    def verdict(*corr: float) -> tuple[str, str]:
+        found = next(f for f in sides(findings, won(*corr)) if f["id"] == "v")
+        return found["verdict"], found["numbers"]
+
+    assert verdict(0.6, 0.6, 0.8)[0] == "not reproduced"
+    assert verdict(0.6, 0.45, 0.7)[0] == "cannot be told"
+    assert " 0 bring back a quarter of the harm and keep Acc_retain with every seed, 1 with some of 3" in verdict(
+        0.6, 0.45, 0.7
+    )[1]  # fmt: skip
+    assert verdict(0.25, 0.45, 0.7)[0] == "reproduced"
 
 
 def test_methods_that_did_not_run_are_said(findings: Any) -> None:

@@ -12,6 +12,8 @@ from vislearn.reproduction import Verdict, expected, words
 from vislearn.selection import Course, courses, finite, select
 
 NEAR = 0.25  # near the original or the clean model: within a quarter of what lies between them
+HARM = 5.0  # points of Acc_corr that a manipulation has to take before there is anything to correct
+KEPT = 1.0  # points of Acc_retain that may go where it is said to be kept
 CORR, RETAIN = "corrective/acc_corr", "corrective/acc_retain"
 
 
@@ -58,19 +60,32 @@ class Side:
 
     @property
     def silent(self) -> str:
-        """Why nothing can be told from this side, "" where something can.
-
-        A shift that would count has to be larger than what seeds do by themselves; otherwise "barely moves" is true of
-        everything.
-        """
+        """Why nothing can be told from this side, "" where something can."""
         if not (self.model("clean") and self.model("original")):
             return "there is no clean or no original model"
         harm = self.first("clean") - self.first("original")
-        if harm < 5:
+        if harm < HARM:
             return f"the manipulation took {harm:.1f} points of the original's Acc_corr: nothing to correct"
-        if self.tolerance > NEAR * harm:
-            return f"seeds differ by more than a quarter of the harm of {harm:.1f} points: more seeds are needed"
         return ""
+
+    @property
+    def scattered(self) -> str:
+        """Why means over seeds tell nothing, "" where they do: a shift that counts has to be larger than what seeds do
+        by themselves; otherwise "barely moves" is true of everything."""
+        harm = self.first("clean") - self.first("original")
+        if self.tolerance > NEAR * harm:
+            return f"seeds differ by more than a quarter of the harm of {harm:.1f} points: their means tell nothing"
+        return ""
+
+    def by_seed(self, name: str, key: str) -> dict[tuple[str, float], list[float]]:
+        """(Title, gamma) -> percent of each seed, for the settings of a method that have a number with all of them."""
+        found = {}
+        for gamma, rule in self.course.rules:
+            for m in rule["methods"]:
+                values = m["metrics"].get(key) or () if m["name"] == name and m["status"] == "done" else ()
+                if values and len(finite(values)) == len(values):
+                    found[m["title"], gamma] = [100 * value for value in values]
+        return found
 
 
 def exact_rises(poisoning: Side, confusion: Side) -> Verdict:
@@ -111,13 +126,21 @@ def dampening_heals_early(poisoning: Side, confusion: Side) -> Verdict:
 
 
 def dampening_fails_on_confusion(poisoning: Side, confusion: Side) -> Verdict:
-    retains = confusion.points("SSD", RETAIN)
-    points = [(a, retains[t][g]) for t, corr in confusion.points("SSD").items() for g, a in corr.items()]
-    corr, retain, slack = confusion.first("original"), confusion.first("original", RETAIN), confusion.tolerance
-    won = [(a, b) for a, b in points if a > corr + slack and b >= retain - slack]
-    said = f"{len(won)} of {len(points)} points of SSD raise Acc_corr of {corr:.1f} and keep Acc_retain of {retain:.1f}"
-    best = max(won, default=None)
-    return (not won, said + (f", best {best[0]:.1f} and {best[1]:.1f}" if best else "")) if points else (None, said)
+    """Each seed's models beside the original that they were made from, so that unlike originals do not matter."""
+    retain, clean = confusion.by_seed("SSD", RETAIN), confusion.first("clean")
+    original = next(rule["models"]["original"]["metrics"] for _, rule in confusion.course.rules)
+    before, kept = ([100 * value for value in original[key]] for key in (CORR, RETAIN))
+    asked = [seed for seed, value in enumerate(before) if clean - value >= HARM]
+    every = {point: [(a - o) / (clean - o) >= NEAR and b >= k - KEPT
+                     for seed, (a, o, b, k) in enumerate(zip(corr, before, retain[point], kept, strict=True))
+                     if seed in asked]
+             for point, corr in confusion.by_seed("SSD", CORR).items() if point in retain}  # fmt: skip
+    if not every or len(asked) < 2:
+        return None, "SSD has not run" if not every else "fewer than two originals were harmed"
+    with_all, with_some = (sum(map(of, every.values())) for of in (all, any))
+    said = (f"of {len(every)} points of SSD {with_all} bring back a quarter of the harm and keep Acc_retain with every "
+            f"seed, {with_some} with some of {len(asked)}; originals {line(before)}, clean {clean:.1f}")  # fmt: skip
+    return (False if with_all else None if with_some else True), said
 
 
 CHECKS: dict[str, Callable[[Side, Side], Verdict]] = {
@@ -135,6 +158,7 @@ def check(poisoning: Side, confusion: Side) -> list[dict[str, Any]]:
     found = []
     for finding in expected(Path(__file__).parent)["findings"]:
         side = confusion if finding["manipulation"] == "confusion" else poisoning
-        told, said = (None, side.silent) if side.silent else CHECKS[finding["id"]](poisoning, confusion)
+        why = side.silent or (side.scattered if finding["id"] != "v" else "")
+        told, said = (None, why) if why else CHECKS[finding["id"]](poisoning, confusion)
         found.append(finding | {"verdict": words(told), "numbers": said, "tolerance": round(side.tolerance, 2)})
     return found
