@@ -212,6 +212,15 @@ def start_script(store, what):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("most", "threads"), [(None, 4), ("3", 3), ("16", 4), ("0", 4), ("4,2", 4)])
+def test_cores_are_shared_out_up_to_what_the_user_grants(monkeypatch, most, threads):
+    monkeypatch.setattr(workers, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if most is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", most)
+    assert [workers.threads_each(n) for n in (2, 16)] == [threads, 1]
+
+
 def wait_until(condition, seconds=15.0):
     deadline = time.monotonic() + seconds
     while not condition():

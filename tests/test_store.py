@@ -14,7 +14,7 @@ import pytest
 from toy_store import FORGET, SSD, config, keep, one_line, python
 
 from vislearn.errors import UserError
-from vislearn.recipe import differences, load_yaml
+from vislearn.recipe import as_yaml, differences, load_yaml
 from vislearn.store import Store, key, recipe
 
 # recipes and keys
@@ -129,6 +129,17 @@ def test_yaml_reads_a_float_without_a_dot_and_leaves_a_date_as_it_is(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: !!python/object/apply:os.system [echo]\n")
     with pytest.raises(UserError, match="not valid YAML"):
         load_yaml(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("text", ["8e6db776d05c", "123456e78901", "1e5", "123456789012", "2021-01-01", "null", "1_000"])
+def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
+    """Keys of artifacts are twelve hex digits, and e is one."""
+    content = {"unlearned": text, "models": [text], "lr": 1e-5, "n": 3, text: True}
+    (tmp_path / "c.yaml").write_text(as_yaml(content))
+    assert load_yaml(tmp_path / "c.yaml") == content
+    if text.startswith("8"):  # as a user writes it, without quotes
+        (tmp_path / "d.yaml").write_text(f"unlearned: {text}\nlr: 1e-5\n")
+        assert load_yaml(tmp_path / "d.yaml") == {"unlearned": text, "lr": 1e-5}
 
 
 def test_differences_are_named_as_flags():

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .errors import UserError
-from .recipe import as_typed, load_yaml
+from .recipe import as_typed, as_yaml, load_yaml
 from .store import Store
 
 # where a configuration names a class, by the flag that chooses it
@@ -88,7 +88,7 @@ def own_defaults(argv: Sequence[str]) -> list[str]:
                 chosen = found
     for number in sorted(edited, reverse=True):
         i, n, _, content = files[number]
-        out[i : i + n] = [f"--config={yaml.safe_dump(content, sort_keys=False)}"]
+        out[i : i + n] = [f"--config={as_yaml(content)}"]
     return out
 
 
@@ -158,4 +158,4 @@ def config_of_artifact(argv: Sequence[str]) -> list[str]:
         return list(argv)
     config = store[given].config
     kept = {k: config[k] for k in ("seed_everything", "model", "data", "trainer") if k in config}
-    return [argv[0], f"--config={yaml.safe_dump(kept)}", *argv[1:]]
+    return [argv[0], f"--config={as_yaml(kept)}", *argv[1:]]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor
@@ -27,6 +26,7 @@ from .errors import UserError
 from .folders import sha256
 from .learner import Learner, from_spec
 from .method import Cache
+from .recipe import as_yaml
 from .store import Artifact, Store
 
 
@@ -135,7 +135,7 @@ def write(
     model = model.cpu()
     save_model(model, str(folder / "model.safetensors"))
     ev.save_outputs(predictions, folder / "outputs.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(as_yaml(config))
     meta = {"kind": kind, "learner": model.spec, "versions": versions(), **facts}
     meta["created"] = time.strftime("%Y-%m-%dT%H:%M:%S")
     files = {"recipe": plan, "split": data.split(), "meta": meta} | ({"report": report} if report else {})

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from . import progress
@@ -24,6 +23,7 @@ from .evaluation import serves
 from .measure import BATCH, SAMPLE, TIERS, Bench, Curve, Found, Measure, Subject, Tier, forward
 from .measures import MEASURES
 from .measures.traces import malicious_requests
+from .recipe import as_yaml
 from .requests import as_function
 from .runs import Say
 from .store import Artifact, Store, key, recipe
@@ -148,7 +148,7 @@ def make(subject: Subject, bench: Bench, tier: Tier, store: Store, plan: Mapping
                        "curves": {k: {"x": list(c.x), "y": list(c.y)} for k, c in found.curves.items()}}  # fmt: skip
             for file, what in (("recipe", plan), ("meta", meta), ("found", content)):
                 (folder / f"{file}.json").write_text(json.dumps(as_json(what), indent=1))
-            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+            (folder / "config.yaml").write_text(as_yaml(config))
             if activations:
                 save_file(activations, folder / "activations.safetensors")
     return name

@@ -25,6 +25,7 @@ from .measure import TIERS
 from .method import UnlearningMethod, scenario
 from .networks import without_public_weights
 from .plan import Plan, Tuned, read_method, read_plan, shipped
+from .recipe import as_yaml
 from .results import results_of
 from .store import Store, key, recipe
 
@@ -208,7 +209,7 @@ def write_jobs(sheet: Sheet, store: Store) -> None:
     try:
         (store.root / ".jobs").mkdir(parents=True, exist_ok=True)
         for file, config in sheet.files.items():
-            file.write_text(yaml.safe_dump(config, sort_keys=False))
+            file.write_text(as_yaml(config))
     except OSError as error:
         reason = storage_fault(error, store.root) or str(error)
         raise UserError(f"{reason}: {store.root}; choose another store with --store=DIR") from None

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning import seed_everything
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
@@ -41,7 +40,7 @@ from .learner import Learner
 from .measure import evaluating
 from .method import UnlearningMethod
 from .metrics.continual import uni_js, uni_release
-from .recipe import key, plain, recipe
+from .recipe import as_yaml, key, plain, recipe
 from .store import Store
 from .strategy import Setting, Strategy, UnlearnData
 from .stream_requests import parse
@@ -338,7 +337,7 @@ def write(
         save_state(strategy.state(), folder)
         save_file(tensors, folder / "tasks.safetensors")
         config = dict(stream.config) | {"requests": stream.texts[: number + 1]}
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_json(config), sort_keys=False), encoding="utf-8")
+        (folder / "config.yaml").write_text(as_yaml(as_json(config)), encoding="utf-8")
         for file, content in files.items():
             (folder / f"{file}.json").write_text(json.dumps(as_json(content), indent=1), encoding="utf-8")
 

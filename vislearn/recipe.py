@@ -206,17 +206,42 @@ def as_typed(text: str) -> Any:
     """
     import yaml
 
+    return yaml.load(text, _yaml()[0])
+
+
+def as_yaml(value: Any, **style: Any) -> str:
+    """Plain values as YAML that `as_typed` reads as the same: a key such as 12345e678901 is quoted.
+
+    Args:
+        value: mappings, sequences, texts, numbers, None.
+        **style: those of `yaml.dump`; mappings keep their order by default.
+    """
+    import yaml
+
+    text: str = yaml.dump(value, Dumper=_yaml()[1], **{"sort_keys": False, **style})
+    return text
+
+
+@lru_cache(maxsize=1)
+def _yaml() -> tuple[Any, Any]:
+    """A reader and a writer that agree on what is a number."""
+    import yaml
+
     class Loader(yaml.SafeLoader):
         pass
 
+    class Dumper(yaml.SafeDumper):
+        pass
+
     # YAML 1.1 takes a float without a dot for a string
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-    Loader.yaml_implicit_resolvers = {
-        k: [(tag, pattern) for tag, pattern in v if tag != "tag:yaml.org,2002:timestamp"]
-        for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    return yaml.load(text, Loader)
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+    for each in (Loader, Dumper):
+        each.yaml_implicit_resolvers = {
+            k: [(tag, pattern) for tag, pattern in v if tag != "tag:yaml.org,2002:timestamp"]
+            for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+        each.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return Loader, Dumper
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

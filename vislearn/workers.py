@@ -324,8 +324,13 @@ def available_cores() -> int:
 
 
 def threads_each(workers: int) -> int:
-    """Return the threads of one of several processes that share this machine."""
-    return max(1, available_cores() // workers)
+    """Return the threads of one of several processes that share this machine; OMP_NUM_THREADS says how many at most.
+
+    Two programs that each have a thread for every core slow each other down far more than twice: threads that wait for
+    their fellows spin, and take the core that these need.
+    """
+    share, most = max(1, available_cores() // workers), os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(most)) if most.isdigit() and int(most) else share
 
 
 def visible_devices() -> list[str]:

@@ -24,6 +24,7 @@ from vislearn.benchmark import Resolver, with_rule  # noqa: E402
 from vislearn.marked import replaced  # noqa: E402
 from vislearn.metrics.gap import interval  # noqa: E402
 from vislearn.metrics.regression import anamnesis_index  # noqa: E402
+from vislearn.recipe import as_yaml  # noqa: E402
 from vislearn.reproduction import (  # noqa: E402
     Rule,
     Verdict,
@@ -132,7 +133,7 @@ def run(file: Path, options: argparse.Namespace) -> dict[str, Any]:
         plan |= {name: plan[name][: options.seeds] for name in ("seeds", "retrain_seeds")}
         file = Path(options.store) / f"deep-regression-{options.scale}-{file.name}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(plan, sort_keys=False))
+        file.write_text(as_yaml(plan))
     return reproduction.benchmarked(file, options)
 
 

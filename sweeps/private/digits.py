@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
 from vislearn.methods.private_training import PrivateTraining
 
 from vislearn import artifacts
@@ -23,6 +22,7 @@ from vislearn.benchmark import Resolver
 from vislearn.main import main as vislearn
 from vislearn.metrics.accuracy import accuracy
 from vislearn.private import PrivateClassifier
+from vislearn.recipe import as_yaml
 from vislearn.store import Artifact, Store, key, recipe
 from vislearn.trainer import DEFAULTS, Trainer
 
@@ -60,7 +60,7 @@ class Bench:
         if made not in self.store:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "recipe.yaml"
-                file.write_text(yaml.safe_dump({k: config[k] for k in ("seed_everything", "model", "data", "trainer")}))
+                file.write_text(as_yaml({k: config[k] for k in ("seed_everything", "model", "data", "trainer")}))
                 vislearn(["fit", "-c", str(file), "--store", str(self.store.root)])
         return self.store[made]
 

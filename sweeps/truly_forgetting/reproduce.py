@@ -26,6 +26,7 @@ from vislearn.measures.representation import (
     on_downstream_data,
 )
 from vislearn.plan import read_plan
+from vislearn.recipe import as_yaml
 from vislearn.reproduction import (
     Rule,
     Stored,
@@ -154,7 +155,7 @@ def with_top(file: Path, task: ForgetDataModule | None, options: argparse.Namesp
     for rule in places:
         rule["init_args"]["classes"] = ranked.top(len(plan["forget"][0]["init_args"]["classes"]))
     out = Path(options.store) / f"truly-forgetting-{file.name}"
-    out.write_text(yaml.safe_dump(plan, sort_keys=False))
+    out.write_text(as_yaml(plan))
     ranked.save(out.with_suffix(".json"))
     return out
 

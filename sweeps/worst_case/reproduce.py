@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vislearn import benchmark, hardest
 from vislearn.cli import quiet
 from vislearn.errors import UserError
 from vislearn.jobs import run_all
 from vislearn.metrics.gap import gap, interval
 from vislearn.plan import Plan, shipped
-from vislearn.recipe import load_yaml
+from vislearn.recipe import as_yaml, load_yaml
 from vislearn.reproduction import NO_NUMBER, expected, finish, leave, parser, words
 from vislearn.store import Store
 
@@ -146,7 +144,7 @@ def benchmarked(
     plan = {"title": name, "recipe": scale["recipe"], "forget": rules, "methods": list(methods),
             **{k: scale[k] for k in ("seeds", "retrain_seeds")}}  # fmt: skip
     file, page = folder / f"{name}.yaml", folder / f"{name}.html"
-    file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    file.write_text(as_yaml(plan))
     workers = ["--workers", str(options.workers)] if options.workers else []
     benchmark.main(["-c", str(file), "--store", options.store, "--page", str(page), *workers])
     results = json.loads(page.with_suffix(".json").read_text())

@@ -355,11 +355,9 @@ def _set_names(results: Mapping[str, Any]) -> list[str]:
 
 def as_yaml(value: Any) -> str:
     """Nested plain values as YAML, in their own order."""
-    import yaml
+    from ..recipe import as_yaml as written
 
-    return yaml.safe_dump(
-        _plain(value, strict=False), sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
-    ).rstrip()
+    return written(_plain(value, strict=False), allow_unicode=True, default_flow_style=None, width=96).rstrip()
 
 
 def _plain(value: Any, strict: bool = True) -> Any:
