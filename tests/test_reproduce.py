@@ -212,9 +212,32 @@ def test_list_update_and_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert main(["first"], folder) == 3
 
 
+def test_all_are_run_whatever_becomes_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = repository(tmp_path, smoke=[finding(), finding("cannot be told")])
+    (folder / "second" / "reproduce.py").write_text(
+        "import json, sys\nprint(*sys.argv[1:])\nif '--json' in sys.argv:\n"
+        f"    json.dump({{'findings': [{finding()!r}]}}, open(sys.argv[-1], 'w'))\n"
+    )
+    assert main(["all"], folder) == 1
+    out = capfd.readouterr().out
+    assert "first                    failed with exit code 3 (" in out
+    assert "second                   1 reproduced, 1 cannot be told (" in out
+    made = tmp_path / "made"
+    assert main(["all", "--store", "s", "--root", "r", "--json", str(made)], folder) == 1
+    out = capfd.readouterr().out
+    assert f"--scale smoke --root r --store s --json {made / 'second.json'}" in out
+    assert "second                   1 reproduced (" in out
+    assert main(["all", "--scale", "cpu"], folder) == 0, "neither has that scale"
+    assert "first                    has no scale cpu" in capfd.readouterr().out
+    (tmp_path / "file").write_text("")
+    assert main(["all", "--json", str(tmp_path / "file" / "x")], folder) == 2
+    assert "cannot make the folder" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("argv", "said"), [
     (["secund"], "did you mean 'second'?"),
-    (["other"], "there are first, second"),
+    (["other"], "there are first, second, and 'all'"),
+    (["all", "--scale", "huge"], "--scale"),
     (["--update", "missing.md"], "there is no file missing.md"),
     (["--scale", "smoke"], "--help"),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ import difflib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,20 +142,64 @@ def run(folder: Path, name: str, argv: Sequence[str]) -> int:
     known = [script.parent.name for script in sorted(folder.glob("*/reproduce.py"))]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}, and 'all'"
         raise UserError(f"no reproduction '{name}'; {hint}")
     return subprocess.run([sys.executable, str(folder / name / "reproduce.py"), *argv]).returncode
+
+
+def run_all(folder: Path, argv: Sequence[str]) -> int:
+    """Run every paper's script, one after another; returns 1 where one failed.
+
+    A scale that a paper does not have is left out, and a script that fails does not stop the others.
+    """
+    parser = Parser(prog="vislearn reproduce all", allow_abbrev=False, description="Runs the script of every paper.")
+    parser.add_argument("--scale", choices=SCALES, default=SCALES[0], help="how much is run (default: smoke)")
+    parser.add_argument("--root", metavar="DIR", help="where the data are; smoke needs none")
+    parser.add_argument("--store", metavar="DIR", help="folder for what is made: what is there is not made again")
+    parser.add_argument("--json", type=Path, metavar="DIR", help="folder for the numbers, PAPER.json (default: "
+                        "results_<scale>.json beside each script)")  # fmt: skip
+    options = parser.parse_args(argv)
+    shared = ["--scale", options.scale]
+    shared += [word for name in ("root", "store") if (given := getattr(options, name)) for word in (f"--{name}", given)]
+    if options.json:
+        try:
+            options.json.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {options.json}: {error.strerror} (--json)") from None
+    said = []
+    for each in papers(folder):
+        if options.scale not in each.about["scales"]:
+            said.append((each.name, f"has no scale {options.scale}"))
+            continue
+        print(f"\n== {each.name}", flush=True)
+        file, own = folder / each.name / f"results_{options.scale}.json", []
+        if options.json:
+            file = options.json / f"{each.name}.json"
+            own = ["--json", str(file)]
+        start = time.monotonic()
+        code = run(folder, each.name, [*shared, *own])
+        took = f" ({time.monotonic() - start:.0f} s)"
+        said.append((each.name, f"failed with exit code {code}{took}" if code else f"{_verdicts(file)}{took}"))
+    print()
+    for name, what in said:
+        print(f"{name:24} {what}")
+    return int(any(what.startswith("failed") for _, what in said))
+
+
+def _verdicts(file: Path) -> str:
+    return counted(finding["verdict"] for finding in _results(file)["findings"])
 
 
 def _parser() -> argparse.ArgumentParser:
     out = Parser(
         prog="vislearn reproduce", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="vislearn reproduce [PAPER [options of its script]]   or   vislearn reproduce --table | --update FILE",
+        usage="vislearn reproduce [PAPER | all [options]]   or   vislearn reproduce --table | --update FILE",
         description="Asks the findings of papers again, at three sizes: smoke takes minutes on two cores and shows\n"
                     "that everything runs, cpu takes an hour or a few, paper is the setting of the paper, for a GPU.\n"
                     "Without a paper: what there is, and what was found.",
         epilog="examples:\n  vislearn reproduce\n  vislearn reproduce ssd --scale smoke\n"
-               "  vislearn reproduce ssd --help\n  vislearn reproduce --update README.md\n"
+               "  vislearn reproduce ssd --help\n  vislearn reproduce all --scale smoke\n"
+               "  vislearn reproduce --update README.md\n"
                "The scripts are in the repository (sweeps/<paper>/reproduce.py), not in the installed package.",
     )  # fmt: skip
     form = out.add_mutually_exclusive_group()
@@ -174,7 +219,8 @@ def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and not argv[0].startswith("-"):
-            return run(folder or sweeps(), argv[0], argv[1:])
+            place = folder or sweeps()
+            return run_all(place, argv[1:]) if argv[0] == "all" else run(place, argv[0], argv[1:])
         options = _parser().parse_args(argv)
         found = papers(folder or sweeps())
         if options.update:
