@@ -55,6 +55,12 @@ def test_other_questions_and_other_code_are_other_pieces(options: argparse.Names
     (options.folder / "findings.py").write_text("LEAST = 3\n")
     remembered(options, {"seed": 0}, make)
     assert make.calls == 5
+    (options.folder / "expected.json").write_text("{}")
+    remembered(options, {"seed": 0}, make)
+    assert make.calls == 6
+    (options.folder / "results_smoke.json").write_text("{}")
+    remembered(options, {"seed": 0}, make)
+    assert make.calls == 6, "what the script itself writes is no question"
 
 
 def test_the_script_itself_is_part_of_the_key(options: argparse.Namespace, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Models have the store, whose keys are made of what determines their weights. A piece here is numbers that any line of
 the code may change: its key is made of what was asked, of the versions, and of the whole source of this package and of
-the script. A changed line makes all pieces anew.
+the script, with the files beside it that say what to run and what is expected. A changed line makes all pieces anew.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 @cache
-def code(*scripts: Path) -> str:
-    """sha256, in hex digits, of the sources of vislearn, its methods and data modules, and of these scripts."""
+def code(*beside: Path) -> str:
+    """sha256, in hex digits, of the sources of vislearn, its methods and data modules, and of these files."""
     import vislearn
     from vislearn import datamodules, methods
 
     found = hashlib.sha256()
     folders = [Path(folder) for package in (vislearn, methods, datamodules) for folder in package.__path__]
-    for file in [*(file for folder in folders for file in sorted(folder.rglob("*.py"))), *scripts]:
+    for file in [*(file for folder in folders for file in sorted(folder.rglob("*.py"))), *beside]:
         found.update(file.name.encode() + b"\0" + file.read_bytes())
     return found.hexdigest()
 
@@ -53,7 +53,9 @@ def remembered(options: argparse.Namespace, what: Mapping[str, Any], make: Calla
     from .artifacts import machine, versions
     from .recipe import key
 
-    asked = {"what": what, "root": options.root, "code": code(*sorted(options.folder.glob("*.py")))}
+    files = [file for file in sorted(options.folder.iterdir()) if file.suffix in (".py", ".yaml", ".json")]
+    read = code(*(file for file in files if not file.name.startswith("results_")))
+    asked = {"what": what, "root": options.root, "code": read}
     name = key({**asked, "versions": versions(), "device": machine()["device"]})
     file = Path(options.store) / "reproductions" / options.folder.name / f"{name}.json"
     if file.exists():

@@ -268,8 +268,6 @@ def run(
     }
 
 
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     from vislearn.artifacts import machine, versions
 
