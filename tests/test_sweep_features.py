@@ -151,7 +151,7 @@ def test_the_classes_of_a_downstream_task_are_put_into_the_file(
 
     monkeypatch.setattr(features.benchmark, "lay_out", lay_out)
     monkeypatch.setattr(features.benchmark, "Resolver", lambda: None)
-    monkeypatch.setattr(features.runs, "load_learner", lambda artifact: torch.nn.Identity())
+    monkeypatch.setattr(features.artifacts, "load_learner", lambda artifact: torch.nn.Identity())
     monkeypatch.setattr(features, "Store", Shelf)
     ranked = SimpleNamespace(top=lambda m: list(range(m)), save=lambda path: path.write_text("{}"))
     monkeypatch.setattr(features, "rank_classes", lambda model, task, source: ranked)

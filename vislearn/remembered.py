@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +26,9 @@ T = TypeVar("T")
 @cache
 def code(*beside: Path) -> str:
     """sha256, in hex digits, of the sources of vislearn, its methods and data modules, and of these files."""
-    import vislearn
-    from vislearn import datamodules, methods
-
     found = hashlib.sha256()
-    folders = [Path(folder) for package in (vislearn, methods, datamodules) for folder in package.__path__]
+    specs = [find_spec(f"vislearn{part}") for part in ("", ".methods", ".datamodules")]
+    folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
     for file in [*(file for folder in folders for file in sorted(folder.rglob("*.py"))), *beside]:
         found.update(file.name.encode() + b"\0" + file.read_bytes())
     return found.hexdigest()
