@@ -17,8 +17,8 @@ from vislearn import workers
 from vislearn.benchmark import parse
 from vislearn.clusters import Errand, FuturesPool, JoblibPool
 from vislearn.errors import UserError
-from vislearn.jobs import EXECUTORS, make_pool, run_all
-from vislearn.workers import Task
+from vislearn.jobs import make_pool, run_all
+from vislearn.workers import EXECUTORS, Task
 
 TOY = "toy_command:toy"
 
@@ -137,7 +137,7 @@ def test_one_task_is_ended_and_the_others_go_on(store, executor):  # noqa: F811
         events = []
         wait_until(lambda: events.extend(pool.wait(0.2)) or events, 30.0)
         assert [(event.number, event.kind, event.error) for event in events] == [(1, "ended", "")]
-        assert alive(store) == []
+        wait_until(lambda: alive(store) == [], 8.0)
         assert store.keys() == [name(1)]
     finally:
         pool.stop()

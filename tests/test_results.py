@@ -40,6 +40,12 @@ def test_rules_that_nothing_tells_apart_are_numbered() -> None:
     assert titles({"id": "a", "title": "a", "config": {}}, {"id": "a", "title": "a"}) == ["a, rule 1", "a, rule 2"]
 
 
+def test_titles_that_differ_in_signs_alone_have_ids_of_their_own() -> None:
+    found = told_apart([{"id": "targets----30", "title": f"targets {sign}= 30"} for sign in "<>"])
+    assert [r["title"] for r in found] == ["targets <= 30", "targets >= 30"]
+    assert [r["id"] for r in found] == ["targets----30", "targets----30--2"]
+
+
 def test_each_rule_has_its_own_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = example()
     first = results["rules"][0]

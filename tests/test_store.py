@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from toy_store import FORGET, SSD, config, keep, one_line, python
 
 from vislearn.errors import UserError
@@ -137,6 +138,7 @@ def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
     content = {"unlearned": text, "models": [text], "lr": 1e-5, "n": 3, text: True}
     (tmp_path / "c.yaml").write_text(as_yaml(content))
     assert load_yaml(tmp_path / "c.yaml") == content
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text()) == content, "whoever reads it"
     if text.startswith("8"):  # as a user writes it, without quotes
         (tmp_path / "d.yaml").write_text(f"unlearned: {text}\nlr: 1e-5\n")
         assert load_yaml(tmp_path / "d.yaml") == {"unlearned": text, "lr": 1e-5}

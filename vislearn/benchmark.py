@@ -19,7 +19,7 @@ from .comparison import compare, rule_facts
 from .data import ForgetDataModule
 from .errors import UserError
 from .folders import storage_fault, whole
-from .jobs import EXECUTORS, Job, Outcome, run_all
+from .jobs import Job, Outcome, run_all
 from .learner import Learner
 from .measure import TIERS
 from .method import UnlearningMethod, scenario
@@ -28,6 +28,7 @@ from .plan import Plan, Tuned, read_method, read_plan, shipped
 from .recipe import as_yaml
 from .results import results_of
 from .store import Store, key, recipe
+from .workers import EXECUTORS
 
 JOB_KEYS = {
     "fit": ("seed_everything", "model", "data", "trainer"),

@@ -13,6 +13,7 @@ from vislearn.errors import UserError
 from vislearn.progress import Display
 from vislearn.store import Store
 from vislearn.workers import (
+    EXECUTORS,
     TARGET,
     Event,
     LocalPool,
@@ -23,7 +24,6 @@ from vislearn.workers import (
     visible_devices,
 )
 
-EXECUTORS = ("local", "slurm", "joblib", "ray", "dask")
 ATTEMPTS = 2  # how often a job is tried whose worker was killed
 TICK = 0.2  # seconds between two looks at the workers
 

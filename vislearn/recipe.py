@@ -210,7 +210,9 @@ def as_typed(text: str) -> Any:
 
 
 def as_yaml(value: Any, **style: Any) -> str:
-    """Plain values as YAML that `as_typed` reads as the same: a key such as 12345e678901 is quoted.
+    """Plain values as YAML that `as_typed` and any reader of YAML 1.1 read as the same.
+
+    A text that either would take for a number or a date, such as a key of the form 12345e678901, is quoted.
 
     Args:
         value: mappings, sequences, texts, numbers, None.
@@ -224,7 +226,7 @@ def as_yaml(value: Any, **style: Any) -> str:
 
 @lru_cache(maxsize=1)
 def _yaml() -> tuple[Any, Any]:
-    """A reader and a writer that agree on what is a number."""
+    """A reader, and a writer that quotes every text which it would take for a number."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -235,11 +237,11 @@ def _yaml() -> tuple[Any, Any]:
 
     # YAML 1.1 takes a float without a dot for a string
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+    Loader.yaml_implicit_resolvers = {
+        k: [(tag, pattern) for tag, pattern in v if tag != "tag:yaml.org,2002:timestamp"]
+        for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     for each in (Loader, Dumper):
-        each.yaml_implicit_resolvers = {
-            k: [(tag, pattern) for tag, pattern in v if tag != "tag:yaml.org,2002:timestamp"]
-            for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
         each.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
     return Loader, Dumper
 

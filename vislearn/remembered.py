@@ -37,8 +37,8 @@ def code(*beside: Path) -> str:
 def remembered(options: argparse.Namespace, what: Mapping[str, Any], make: Callable[[], T]) -> T:
     """What `make` returns, from `<store>/reproductions/<paper>/<key>.json` where it was made before.
 
-    The seconds that an earlier run spent on it are added to `options.spared`, so that the results file says what all of
-    it takes.
+    Of the data only the place counts, `options.root`: what lies there is not read for the key. The seconds that an
+    earlier run spent on it are added to `options.spared`, so that the results file says what all of it takes.
 
     Args:
         options: the script's: `folder`, `store`, `root` and `spared`.

@@ -166,7 +166,7 @@ def run_all(folder: Path, argv: Sequence[str]) -> int:
             options.json.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {options.json}: {error.strerror} (--json)") from None
-    said = []
+    said, failed = [], False
     for each in papers(folder):
         if options.scale not in each.about["scales"]:
             said.append((each.name, f"has no scale {options.scale}"))
@@ -179,11 +179,12 @@ def run_all(folder: Path, argv: Sequence[str]) -> int:
         start = time.monotonic()
         code = run(folder, each.name, [*shared, *own])
         took = f" ({time.monotonic() - start:.0f} s)"
+        failed |= code != 0
         said.append((each.name, f"failed with exit code {code}{took}" if code else f"{_verdicts(file)}{took}"))
     print()
     for name, what in said:
         print(f"{name:24} {what}")
-    return int(any(what.startswith("failed") for _, what in said))
+    return int(failed)
 
 
 def _verdicts(file: Path) -> str:

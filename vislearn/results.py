@@ -29,9 +29,10 @@ def results_of(
 
 
 def told_apart(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rules with titles and ids that no two of them share: equal ones are followed by the settings that differ.
+    """The rules with titles and ids that no two of them share: equal titles are followed by the settings that differ.
 
-    Of paths the folders are shown that tell them apart.
+    Of paths the folders are shown that tell them apart. Titles that differ in signs alone, as `targets <= 30` and
+    `targets >= 30` do, have one id, and a number after it.
     """
     out = [dict(rule) for rule in rules]
     for title, count in Counter(rule["title"] for rule in rules).items():
@@ -51,6 +52,11 @@ def told_apart(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for rule, end in zip(same, ends, strict=True):
             rule["title"] = f"{title}{end}"
             rule["id"] = slug(rule["title"])
+    taken: Counter[str] = Counter()
+    for rule in out:
+        taken[rule["id"]] += 1
+        if taken[rule["id"]] > 1:
+            rule["id"] = f"{rule['id']}--{taken[rule['id']]}"
     return out
 
 

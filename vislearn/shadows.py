@@ -272,7 +272,7 @@ class Shadows:
 
         Args:
             workers: see `make_pool`.
-            executor: where they are made, one of `jobs.EXECUTORS`.
+            executor: where they are made, one of `workers.EXECUTORS`.
             quiet: print nothing.
 
         Raises:

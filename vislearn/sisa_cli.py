@@ -24,12 +24,12 @@ from vislearn import sisa_fair, sisa_plan, sisa_planner, sisa_report
 from vislearn.arguments import Parser
 from vislearn.errors import UserError
 from vislearn.folders import whole
-from vislearn.jobs import EXECUTORS
 from vislearn.sisa_ensemble import Placement, place
 from vislearn.sisa_log import Request
 from vislearn.sisa_receipt import now, read_key
 from vislearn.sisa_service import Service
 from vislearn.sisa_table import read_table, row_digests
+from vislearn.workers import EXECUTORS
 
 ADAPTIVE = ("deletion is exact for requests chosen without looking at the models; where users react to what the models "
             "say, publish less or draw new shards from time to time")  # fmt: skip

@@ -200,7 +200,7 @@ class Service:
 
         Args:
             workers: processes that train shards; 0 trains them in this one, one after another.
-            executor: where workers run, one of `jobs.EXECUTORS`.
+            executor: where workers run, one of `workers.EXECUTORS`.
             quiet: show no progress of the workers.
         """
         written: list[Path] = []

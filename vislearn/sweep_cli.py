@@ -25,10 +25,9 @@ from typing import Any
 from .arguments import Parser
 from .errors import UserError
 from .folders import storage_fault, whole
-from .jobs import EXECUTORS, make_pool
 from .sweep import Journal, Search, Trial, identity, read_sweep
 from .sweep_command import METRICS, expand, own_verb, write_parameters
-from .workers import Event, Pool, Task, visible_devices
+from .workers import EXECUTORS, Event, Pool, Task, visible_devices
 
 TARGET = "vislearn.sweep_command:main"
 TICK = 0.2  # seconds between two looks at the workers
@@ -71,6 +70,8 @@ class Sweep:
 
     def run(self) -> None:
         """Run trials until there is none left, or a reason to stop."""
+        from .jobs import make_pool  # the help needs none of it
+
         pool = make_pool(self.out / "trials", self.options.jobs, self.options.executor, TARGET, devices=self.devices)
         try:
             while True:

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from vislearn import progress
 from vislearn.errors import UserError
 
+EXECUTORS = ("local", "slurm", "joblib", "ray", "dask")  # those of other people are in `clusters`
 TARGET = "vislearn.cli:main"  # what a job's argv is given to
 START = "import sys; from vislearn.workers import main; main(*map(int, sys.argv[1:4]), sys.argv[4])"
 PATIENCE = 5.0  # seconds a worker has to end when asked to
