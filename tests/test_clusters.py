@@ -97,6 +97,7 @@ def test_modules_folder_and_threads_are_handed_on(store, executor, tmp_path, mon
     )
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # dask's own processes leave it set here
     plan = [job(store, "ok", 1)]
     (outcome,) = run_all(plan, store, 1, executor, quiet=True, target="test_clusters_mine:main")
     assert outcome.error == ""
